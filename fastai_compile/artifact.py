@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'FORMAT', 'make_blob', 'read_blob', 'open_blob', 'pickle_glo
            'check_target', 'write_artifact', 'Manifest', 'inspect_artifact', 'open_artifact']
 
 # %% ../nbs/06_artifact.ipynb #ddaa71d7
-import contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickle, pickletools, re, shutil, stat, struct, sys, tempfile, zipfile
+import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickle, pickletools, re, shutil, stat, struct, sys, tempfile, zipfile
 from pathlib import Path
 import torch
 from .backends.base import host, unmet
@@ -111,7 +111,12 @@ def pickle_globals(
         elif op.name in ('BINPUT', 'LONG_BINPUT'): memo[arg] = last; continue
         elif op.name in ('BINGET', 'LONG_BINGET') and isinstance(memo.get(arg), str): strings.append(memo[arg])
         last = None
-    return sorted(found)
+    return sorted({_python3(m, n) for m, n in found})
+
+def _python3(module, name):
+    "Pickle protocols below 3 write names as Python 2 had them"
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return _compat_pickle.IMPORT_MAPPING.get(module, module), name
 
 def where_from(
     modules, # Names of modules
@@ -119,7 +124,7 @@ def where_from(
     "Where each module comes from"
     dists = importlib.metadata.packages_distributions()
     tops = sorted({m.split('.')[0] for m in modules})
-    return {t: 'Python' if t in sys.stdlib_module_names or t == 'copy_reg' or t == '__builtin__' else (dists.get(t) or ['not an installed package'])[0] for t in tops}
+    return {t: 'Python' if t in sys.stdlib_module_names else (dists.get(t) or ['not an installed package'])[0] for t in tops}
 
 # %% ../nbs/06_artifact.ipynb #51780f8f
 _TMP = '.fastai_compile-tmp'
