@@ -81,6 +81,7 @@ class Captured:
     example:Example       # What it was captured with
     max_bs:int            # Largest batch
     rewrites:dict         # Rewrites that were applied, with counts
+    guards:list           # Functions from inputs to '' or the reason why they cannot be answered exactly
     seconds:float
 
     def __repr__(self):
@@ -161,12 +162,13 @@ def capture(
     "Capture `model` as one graph with a batch from 1 to `max_bs`. Raises `CaptureError` with the compiler's reason"
     start = time.perf_counter()
     eager = copy_model(model)
-    form, used, extra = apply_rewrites(copy_model(eager, share=True), rewrites)
+    form, used, extra, guards = apply_rewrites(copy_model(eager, share=True), rewrites)
     _check_model(form)
     with torch.no_grad():
         try: out = eager(*example.xb)
         except Exception as e: raise CaptureError(f'the model itself fails on {example}: {_reason(e)}') from e
-        structure = structure_of(out)
+        structure = structure_of(form(*example.xb) if used else out)
+        if structure.spec != structure_of(out).spec: raise CaptureError(f'a rewrite ({", ".join(used)}) changes what this model returns: please report it')
         module = Flat(form, structure).eval()
         if used and not _same(structure.flat(out), module(*example.xb)):
             raise CaptureError(f'a rewrite ({", ".join(used)}) changes the answers of this model, so it cannot be used: please report it')
@@ -180,4 +182,4 @@ def capture(
     inputs, outputs = _io_specs(program, example.xb)
     fixed = [s.name for s in inputs if not s.batched]
     if fixed: raise CaptureError(f'the model fixes the batch of {", ".join(fixed)}: no file for other batches can be made of it')
-    return Captured(program, module, eager, structure, inputs, outputs, example, max(2, max_bs), used, time.perf_counter()-start)
+    return Captured(program, module, eager, structure, inputs, outputs, example, max(2, max_bs), used, guards, time.perf_counter()-start)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrap', 'choose_candidates', 'Candidate', 'Stages', 'rank', 'Outcome', 'compile_learner', 'LearnerBox',
-           'check_reference', 'to_eager', 'write_learner', 'export_learner']
+           'reference_error', 'to_eager', 'write_learner', 'export_learner']
 
 # %% ../nbs/11_export.ipynb #a87d3efc
 import time, warnings
@@ -114,16 +114,16 @@ def _batch_facts(learn):
     n = getattr(dl, 'n', None)
     return bs, (n % bs or None) if n and _has_rows(dl) else bs//2+1
 
-def _reference_input(learn, captured):
-    "One synthetic row: the learner's own blocks where they are known, else seeded noise"
+def _reference_inputs(learn, captured):
+    "One synthetic row: the learner's own blocks where they are known, else seeded noise and ones, else noise and zeros"
     try:
-        ex = example_batch(learn, synthetic=True)
-        xb = [x[:1].contiguous() for x in ex.xb]
-        if all(x.dtype == s.dtype and x.ndim == len(s.shape) and all(d in (None, n) for d, n in zip(s.shape, x.shape)) for x, s in zip(xb, captured.inputs)): return xb
-    except Exception as e: captured.example.__dict__.setdefault('reference_note', str(e))
-    g = torch.Generator().manual_seed(0)
-    shape = lambda s, x: [1, *[d or n for d, n in zip(s.shape[1:], x.shape[1:])]]
-    return [torch.randn(shape(s, x), generator=g, dtype=s.dtype) if s.dtype.is_floating_point else torch.zeros(shape(s, x), dtype=s.dtype) for s, x in zip(captured.inputs, captured.example.xb)]
+        xb = [x[:1].contiguous() for x in example_batch(learn, synthetic=True).xb]
+        if all(x.dtype == s.dtype and x.ndim == len(s.shape) and all(d in (None, n) for d, n in zip(s.shape, x.shape)) for x, s in zip(xb, captured.inputs)): yield xb
+    except ExampleError: pass # unknown blocks
+    shapes = [[1, *[d or n for d, n in zip(s.shape[1:], x.shape[1:])]] for s, x in zip(captured.inputs, captured.example.xb)]
+    for whole in (1, 0):
+        g = torch.Generator().manual_seed(0)
+        yield [torch.randn(n, generator=g, dtype=s.dtype) if s.dtype.is_floating_point else torch.full(n, whole, dtype=s.dtype) for s, n in zip(captured.inputs, shapes)]
 
 def _attempt(backend, captured, config, ref, reference, stages):
     "Compile with one backend and check its numbers; what goes wrong is kept in the candidate"
@@ -131,7 +131,7 @@ def _attempt(backend, captured, config, ref, reference, stages):
     try:
         with stages('compile', backend.name): payload = backend.compile(captured, config)
         with stages('load', backend.name):
-            c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager, config.threads, reference)
+            c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager, config.threads, captured.guards, reference)
             c.model.runner()
         c.seconds = time.perf_counter()-start
         with stages('gate', backend.name): c.numbers = check_numbers(c.model, captured, ref, config.tolerance)
@@ -199,7 +199,7 @@ def compile_learner(
 
 def _pipeline(learn, eager_model, config, backs, table, stages):
     bs, remainder = _batch_facts(learn)
-    max_bs, source = config.max_bs or max(64, bs), learn
+    max_bs = config.max_bs or max(64, bs)
     with stages('example'):
         if isinstance(learn.model, CompiledModel) and not any(_has_rows(d) for d in learn.dls.loaders) and config.items is None: example = _own_example(learn, min(bs, max_bs))
         else:
@@ -240,11 +240,13 @@ def _own_example(learn, bs):
     return Example(xb, (), (torch.Tensor,)*len(xb), 'the reference row of the compiled file', list(range(max(2, bs))), True)
 
 def _make_reference_row(learn, captured):
-    xb = _reference_input(learn, captured)
-    with torch.no_grad():
-        try: out = [o.clone() for o in captured.structure.flat(captured.eager(*xb))]
-        except Exception: return None
-    return {'xb': xb, 'out': out} if all(o.isfinite().all() for o in out if o.is_floating_point()) else None
+    "A synthetic row and eager's answer to it, or None where the model answers none"
+    for xb in _reference_inputs(learn, captured):
+        try:
+            with torch.no_grad(): out = [o.clone() for o in captured.structure.flat(captured.eager(*xb))]
+        except Exception: continue # an index outside of an embedding, for instance
+        if all(o.isfinite().all() for o in out if o.is_floating_point()): return {'xb': xb, 'out': out}
+    return None
 
 def _first_that_passes(learn, config, order, good, done, stages):
     "The best candidate whose answers and metrics hold"
@@ -275,6 +277,7 @@ def _weights_note(model, keep_eager):
     mine = model.payload.size_mb
     shared = sum(t.numel()*t.element_size() for t in model.payload.tensors.values())/1e6
     if not keep_eager: return f'no PyTorch model (keep_eager=False); {model.payload.backend} holds {mine+shared:.1f} MB'
+    if own + mine < 1: return f'weights {own*1000:.0f} kB, {model.payload.backend} {mine*1000:.0f} kB'
     if mine < 0.25*own or model.payload.module is not None: return f'weights once ({own:.1f} MB, shared by PyTorch and {model.payload.backend})'
     return f'weights {own:.1f} MB, and {mine:.1f} MB more for {model.payload.backend}, which cannot share all of them (keep_eager=False drops the first)'
 
@@ -298,8 +301,12 @@ def _outcome(learn, config, winner, captured, verdict, timings, done, table, sta
     needs = model.payload.needs
     tied = 'cpu_flags' in needs or 'torch' in needs
     runs_on = (f"this CPU type only, torch {needs.get('torch')}" if tied else 'portable') + f", Python {host()['python']}" + ''.join(f", {p} {v} or newer" for p, v in needs.get('packages', {}).items())
+    if hasattr(model.eager, 'reset'): model.eager.reset()  # a recurrent model remembers its last batch
     model.restore = dict(learn.model.restore) if isinstance(learn.model, CompiledModel) else {'splitter': learn.splitter, 'opt_func': learn.opt_func}
-    if model.reference is not None: model.reference['limit'] = 10*max((float(r['allowed']) for r in winner.numbers.checks), default=1e-4)
+    if model.reference is not None:
+        model.reference['limit'] = 10*max((float(r['allowed']) for r in winner.numbers.checks), default=1e-4)
+        if reference_error(model): model.reference = None
+    if model.reference is None: notes.append('no synthetic reference row could be made for these inputs, so opening the file does not check an answer')
     if not config.keep_eager: _drop_eager(model)
     facts = _facts(learn, config, model, winner, verdict, timings, runs_on)
     model.facts = facts
@@ -344,7 +351,10 @@ class LearnerBox:
         learn = self.learn
         if not problems:
             learn.model.runner()
-            return check_reference(learn)
+            problems = [why] if (why := reference_error(learn.model)) else []
+            if not problems: return learn
+            if on_mismatch == 'raise': raise HostMismatch(f"this host gives another answer than the one that made the file: {problems[0]}. "
+                "Open it with `open_learner(path, on_mismatch='eager')`, and report it")
         if learn.model.eager is None: raise HostMismatch(f"{'; '.join(problems)}. The file was written with keep_eager=False, so neither 'rebuild' nor 'eager' is possible")
         if on_mismatch == 'eager':
             warnings.warn(f"on_mismatch='eager': {'; '.join(problems)}; the PyTorch model runs instead", stacklevel=2)
@@ -354,19 +364,17 @@ class LearnerBox:
         learn.model = compile_learner(learn, make_config(learn.model.payload.backend, max_bs=learn.model.max_bs)).model
         return learn
 
-def check_reference(
-    learn, # A compiled learner
-):
-    "Run the reference row that the file carries. Raises `HostMismatch` where this host gives another answer"
-    model, ref = learn.model, learn.model.reference
-    if ref is None: return learn
-    got = model.structure.flat(model(*ref['xb']))
-    for i, (g, want) in enumerate(zip(got, ref['out'])):
+def reference_error(
+    model, # A compiled model
+)->str:    # '' where the answer is right
+    "Run the reference row that the model carries, and say what is wrong with the answer"
+    if model.reference is None: return ''
+    got = model.structure.flat(model(*model.reference['xb']))
+    for i, (g, want) in enumerate(zip(got, model.reference['out'])):
         diff = (g.double()-want.double()).abs().max().item() if want.numel() else 0.
-        limit = ref.get('limit', 1e-4) + 1e-4*(want.double().abs().max().item() if want.numel() else 0.)
-        if not diff <= limit: raise HostMismatch(f'this host gives another answer than the one that made the file: output {i} of the reference row is off by {diff:.3g}, '
-            f"allowed is {limit:.3g}. Open it with `open_learner(path, on_mismatch='eager')`, and report it")
-    return learn
+        limit = model.reference['limit'] + 1e-4*(want.double().abs().max().item() if want.numel() else 0.)
+        if not diff <= limit: return f'output {i} of the reference row is off by {diff:.3g}, allowed is {limit:.3g}'
+    return ''
 
 def to_eager(
     learn, # Learner, compiled or not

@@ -28,11 +28,12 @@ class CompiledModel(nn.Module):
         max_bs,       # Largest batch of one call; larger ones are cut
         eager=None,   # The PyTorch model whose weights these are; None drops it
         threads=None, # CPU threads; None: what the host allows, decided where it runs
+        guards=(),    # Functions from inputs to '' or the reason why they cannot be answered exactly
         reference=None, # {'xb': synthetic inputs of one row, 'out': flat outputs}
     ):
         super().__init__()
         self.payload, self.inputs, self.outputs, self.structure = payload, inputs, outputs, structure
-        self.max_bs, self.threads, self.reference = max_bs, threads, reference
+        self.max_bs, self.threads, self.guards, self.reference = max_bs, threads, tuple(guards), reference
         self.restore = {}   # What `to_eager` puts back on the learner
         vars(self)['eager'] = eager
         self._anchor = nn.Parameter(torch.empty(0), requires_grad=False) if eager is None else None
@@ -93,6 +94,8 @@ class CompiledModel(nn.Module):
             n = x.shape[0] if n is None else n
             if x.shape[0] != n: raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
             res.append(x.detach().as_subclass(torch.Tensor).contiguous())
+        for guard in self.guards:
+            if why := guard(res): raise InputError(why)
         return res, n
 
     def _empty(self, xs):

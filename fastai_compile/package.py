@@ -24,7 +24,7 @@ def empty_dls(
     with preserved(learn):
         loaders = []
         for dl in learn.dls.loaders:
-            if not isinstance(dl, DataLoader): loaders.append(torch.utils.data.DataLoader([], batch_size=dl.batch_size))
+            if not isinstance(dl, DataLoader): loaders.append(DataLoader([], bs=dl.batch_size, n=0))  # PyTorch's own loader has neither `new` nor `to`
             elif hasattr(dl.dataset, 'new_empty') and not isinstance(dl.dataset, torch.Tensor): loaders.append(dl.new(dl.dataset.new_empty()))
             else: loaders.append(dl.new([], n=0))
         return type(learn.dls)(*loaders, path=learn.dls.path, device='cpu') if isinstance(learn.dls, DataLoaders) else DataLoaders(*loaders)

@@ -38,6 +38,7 @@ class Rewrite:
     matches:Callable     # module -> bool
     build:Callable       # module -> the equal form, which shares its parameters
     always:bool=True     # False: only for the backends that name it in `rewrites`
+    guard:Callable|None=None # module -> a picklable function from inputs to '' or the reason why they cannot be answered exactly
     dims:dict=field(default_factory=dict) # Further dynamic sizes of the model's inputs: {input: {dimension: (name, min, max)}}
 
 _rewrites = {}
@@ -52,19 +53,20 @@ def register_rewrite(
 def apply_rewrites(
     model,    # A copy that may be changed
     names=(), # Rewrites to apply beyond the always-on ones
-)->tuple:     # (the model in its equal form, names of what was applied with counts, further dynamic sizes)
+)->tuple:     # (the model in its equal form, names of what was applied with counts, further dynamic sizes, guards of inputs)
     "Replace every layer that a rewrite recognises"
-    used, dims = {}, {}
+    used, dims, guards = {}, {}, []
     def visit(m):
         for rw in _rewrites.values():
             if (rw.always or rw.name in names) and rw.matches(m):
                 used[rw.name] = used.get(rw.name, 0) + 1
                 dims.update(rw.dims)
+                if rw.guard: guards.append(rw.guard(m))
                 return rw.build(m)
         for n, c in m.named_children():
             if (new := visit(c)) is not c: setattr(m, n, new)
         return m
-    return visit(model).eval(), used, dims
+    return visit(model).eval(), used, dims, guards
 
 # %% ../nbs/03_rewrites.ipynb #7a5b7568
 register_rewrite(Rewrite('tensor_base', lambda m: isinstance(m, ToTensorBase), lambda m: nn.Identity()));

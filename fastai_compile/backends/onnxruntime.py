@@ -27,11 +27,27 @@ def _convert(captured):
     "The ONNX form of a captured graph, constants folded; batch norms are left to ONNX Runtime, so that weights stay as they are"
     from onnxscript import optimizer
     with torch.no_grad(), quiet():
-        program = torch.onnx.export(captured.program, (), dynamo=True, optimize=False, verbose=False)
+        program = torch.onnx.export(captured.program, (), dynamo=True, optimize=False, verbose=False, custom_translation_table=_translations())
         optimizer.inline(program.model)
-        optimizer.fold_constants(program.model)
+        optimizer.fold_constants(program.model, should_fold=lambda node: False if node.op_type == 'Transpose' else None)
         optimizer.remove_unused_nodes(program.model)
         return _without_traces(program.model_proto)
+
+def _translations():
+    "ONNX forms of operators that torchlib does not know: the LSTM of `text`, one layer, forwards, from zero"
+    from onnx import TensorProto
+    from onnx.helper import make_tensor
+    from onnxscript import opset18 as op
+    def gates(w, n): # torch keeps input, forget, cell, output; ONNX input, output, forget, cell
+        return op.Concat(*(op.Slice(w, [k*n], [(k+1)*n], [0]) for k in (0, 3, 1, 2)), axis=0)
+    def lstm(x, w_ih, w_hh, b_ih, b_hh, h, c, reverse: bool, batch_sizes, mode: int, hidden_size: int, num_layers: int,
+             has_biases: bool, bidirectional: bool, batch_first: bool, train: bool):
+        w, r = (op.Unsqueeze(gates(w, hidden_size), [0]) for w in (w_ih, w_hh))
+        b = op.Unsqueeze(op.Concat(gates(b_ih, hidden_size), gates(b_hh, hidden_size), axis=0), [0])
+        y, h, c = op.LSTM(x, w, r, b, hidden_size=hidden_size)
+        return op.Squeeze(y, [1]), h, c, op.Constant(value=make_tensor('', TensorProto.UINT8, [0], []))
+    rnn = getattr(torch.ops.aten, 'mkldnn_rnn_layer', None)
+    return {rnn.default: lstm} if rnn is not None else {}
 
 def _without_traces(proto):
     "Without the stack traces and paths of the machine that exported"
@@ -77,9 +93,9 @@ class OnnxRuntimeBackend:
 
     def coverage(self, captured, config):
         from torch.onnx._internal.exporter._registration import ONNXRegistry
-        registry, ops = ONNXRegistry.from_torchlib(), {}
+        registry, ops, own = ONNXRegistry.from_torchlib(), {}, _translations()
         for n in captured.program.run_decompositions().graph.nodes:
-            if n.op == 'call_function' and isinstance(n.target, torch._ops.OpOverload) and not registry.is_registered(n.target):
+            if n.op == 'call_function' and isinstance(n.target, torch._ops.OpOverload) and n.target not in own and not registry.is_registered(n.target):
                 ops[str(n.target)] = 'no ONNX form in torchlib'
         return Placement('onnxruntime on CPU', 'lowered', elsewhere=ops)
 

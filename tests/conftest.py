@@ -1,0 +1,66 @@
+"""Settings and fixtures of all tests. Compiling takes seconds: what one test compiled, the others share."""
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep instead of spinning
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config):
+    for line in ("ignore:load_learner:UserWarning", "ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning",
+                 "ignore:The given NumPy array is not writable:UserWarning"):
+        config.addinivalue_line("filterwarnings", line)
+
+
+@dataclass
+class Artifact:
+    "An exported file, the learner that it was made of, and what export said"
+    path:Path
+    learn:object
+    report:object
+    backend:str
+    kind:str
+
+    def open(self):
+        from fastai_compile import open_learner
+        return open_learner(self.path)
+
+
+class Artifacts:
+    def __init__(self, folder): self.folder, self.learners, self.made = folder, {}, {}
+
+    def learner(self, kind):
+        "A trained learner that tests may export, and must not change"
+        from helpers import make_learner
+        if kind not in self.learners:
+            (self.folder / kind).mkdir()
+            self.learners[kind] = make_learner(kind, self.folder / kind)
+        return self.learners[kind]
+
+    def __call__(self, backend, kind):
+        from fastai_compile.backends.base import get_backend
+        probe = get_backend(backend).probe("cpu")
+        if not probe.usable: pytest.skip(f"{backend}: {probe.reason} {probe.mend}")
+        if (backend, kind) not in self.made:
+            learn, path = self.learner(kind), self.folder / f"{kind}-{backend}.pkl"
+            try: report = learn.export(path, compile=backend)
+            except Exception as e: report = e
+            self.made[backend, kind] = Artifact(path, learn, report, backend, kind)
+        if isinstance(report := self.made[backend, kind].report, Exception): raise report
+        return self.made[backend, kind]
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory):
+    "`artifacts(backend, kind)`: an exported file, made once"
+    return Artifacts(tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    from helpers import make_images
+    return make_images(tmp_path_factory.mktemp("images"))

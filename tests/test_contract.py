@@ -1,0 +1,629 @@
+"""What every backend keeps, seen through `CompiledModel`: any batch, any layout, typed errors, eager's answers, no faulty file."""
+import copy
+import dataclasses
+import importlib
+import io
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+
+import cloudpickle
+import pytest
+import torch
+from fastai.vision.all import Learner, TensorBase, TensorImage, TensorImageBW, nn
+
+from fastai_compile import BackendError, CompiledModel, CompileError, InputError, NotTrainable, VerificationError, available_backends
+from fastai_compile.backends.base import LEVELS, Backend, Payload, Placement, Probe, backends, cpu_threads, get_backend, unmet
+from helpers import (BACKENDS, KINDS, Files, Wrapped, assert_close, eager_of, fresh, random_inputs, registered, run, run_double)
+
+EACH = [pytest.param(b, k, id=f"{b}-{k}") for b in BACKENDS for k in KINDS]
+
+
+@dataclasses.dataclass
+class Case:
+    "A compiled model, as it came out of its file, and what it is compared with"
+    model:CompiledModel
+    eager:nn.Module
+    exact:nn.Module
+    bs:int
+    remainder:int
+    artifact:object
+
+    def inputs(self, n, seed=0): return random_inputs(self.model, n, seed)
+    def check(self, xs, got=None):
+        got = run(self.model, xs) if got is None else got
+        want = run(self.eager, xs)
+        assert_close(got, want)
+        exact = run_double(self.exact, xs)
+        if not exact.numel(): return
+        off, own = (got.double() - exact).abs().max(), (want.double() - exact).abs().max()
+        assert off <= 10 * own + 1e-5 * exact.abs().max(), f"{off:.3g} from fp64, eager is {own:.3g} from it"
+
+
+_cases = {}
+
+
+@pytest.fixture
+def case(artifacts, request):
+    backend, kind = request.param if hasattr(request, "param") else (request.getfixturevalue("backend"), request.getfixturevalue("kind"))
+    if (backend, kind) not in _cases:
+        art = artifacts(backend, kind)
+        dl = art.learn.dls.valid
+        _cases[backend, kind] = Case(art.open().model, eager_of(art.learn), eager_of(art.learn, True), dl.bs, dl.n % dl.bs, art)
+    return _cases[backend, kind]
+
+
+each = pytest.mark.parametrize("case", [pytest.param((b, k), id=f"{b}-{k}") for b in BACKENDS for k in KINDS], indirect=True)
+each_table = pytest.mark.parametrize("case", [pytest.param((b, "table"), id=b) for b in BACKENDS], indirect=True)
+
+
+# ---- the Protocol
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_protocol(name):
+    b = get_backend(name)
+    assert isinstance(b, Backend)
+    assert b.name == name and isinstance(b.rewrites, tuple) and b.shapes in ("dynamic", "static")
+    assert isinstance(b.cost, int)
+    probe = b.probe("cpu")
+    assert isinstance(probe, Probe) and isinstance(probe.usable, bool) and probe.reason
+    if not probe.usable: assert probe.mend
+    row = next(r for r in available_backends() if r["backend"] == name)
+    assert (row["usable"] == "yes") == probe.usable
+
+
+def test_names_and_costs_are_distinct():
+    assert len({b.cost for b in backends().values()}) == len(backends())
+    assert all(k == b.name for k, b in backends().items())
+
+
+@each
+def test_payload(case):
+    payload = case.model.payload
+    assert isinstance(payload, Payload) and payload.backend == case.artifact.backend
+    assert all(isinstance(t, torch.Tensor) and t.dtype == torch.uint8 for t in payload.files.values())
+    assert not unmet(payload.needs), "a payload must fit the host that made it"
+    own = {id(t) for t in case.model._weights()}
+    assert {id(t) for t in payload.tensors.values()} <= own or all(
+        any(t.data_ptr() == w.data_ptr() for w in case.model._weights()) for t in payload.tensors.values()), "weights stand in the file twice"
+
+
+@each
+def test_placement(case):
+    p = case.model.placement
+    assert isinstance(p, Placement) and p.level in LEVELS
+    assert p.level == "executed" and p.target and not p.elsewhere
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_coverage_says_so_before_compiling(name, artifacts):
+    art = artifacts(name, "table")
+    wrapped = Wrapped(name, "covered", key="table")
+    from fastai_compile.config import make_config
+    from fastai_compile.export import compile_learner
+    with registered(wrapped): compile_learner(art.learn, make_config("covered"))
+    p = get_backend(name).coverage(wrapped.captured, make_config(name))
+    assert isinstance(p, Placement) and not p.elsewhere
+
+
+# ---- batches
+
+@each
+@pytest.mark.parametrize("n", [1, 2, 3, "bs", "remainder", "max_bs", "max_bs+1", "2*max_bs+5"])
+def test_batch(case, n):
+    names = {"bs": case.bs, "remainder": case.remainder, "max_bs": case.model.max_bs}
+    n = eval(n, {}, names) if isinstance(n, str) else n
+    xs = case.inputs(n, seed=n)
+    got = run(case.model, xs)
+    case.check(xs, got)
+    one = torch.cat([run(case.eager, [x[i:i+1] for x in xs]) for i in range(min(n, 5))])
+    assert_close(got[:5], one)  # other rows of the batch change nothing
+
+
+@each
+def test_empty_batch(case):
+    got = run(case.model, case.inputs(0))
+    want = run(case.eager, case.inputs(2))
+    assert got.shape == (0, *want.shape[1:]) and got.dtype == want.dtype
+    case.check(case.inputs(2))
+
+
+@each
+def test_results_belong_to_the_caller(case):
+    a, b = case.inputs(4, 1), case.inputs(4, 2)
+    kept = [x.clone() for x in a]
+    first = run(case.model, a)
+    before = first.clone()
+    second = run(case.model, b)
+    assert torch.equal(first, before), "a later call changed an earlier result"
+    assert all(torch.equal(x, k) for x, k in zip(a, kept)), "the call changed its inputs"
+    first.add_(1000)
+    second.add_(1000)
+    case.check(a)
+    case.check(b)
+
+
+@each
+def test_same_inputs_same_bits(case):
+    xs = case.inputs(case.bs, 3)
+    assert torch.equal(run(case.model, xs), run(case.model, xs))
+
+
+@each
+def test_values_at_the_edge(case):
+    for scale in (0., 1e-30, 1e4):
+        xs = [x * scale if x.is_floating_point() else x for x in case.inputs(3)]
+        assert_close(run(case.model, xs), run(case.eager, xs), 1e-4)
+
+
+@each
+def test_nan_stays_nan_in_its_row(case):
+    xs = case.inputs(3)
+    i = next(i for i, x in enumerate(xs) if x.is_floating_point())
+    xs[i][1].flatten()[0] = float("nan")
+    got, want = run(case.model, xs), run(case.eager, xs)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert_close(got[[0, 2]], want[[0, 2]])
+
+
+# ---- wrong inputs
+
+def _wrong(xs):
+    "(what, inputs) of every kind that a compiled function must not run on"
+    last = len(xs) - 1
+    def change(f, i=last): return [f(x) if j == i else x for j, x in enumerate(xs)]
+    for i, x in enumerate(xs):
+        for dtype in (torch.float64, torch.float16, torch.int32, torch.int64, torch.bool, torch.float32):
+            if dtype != x.dtype: yield f"input {i} as {dtype}", change(lambda t, d=dtype: t.to(d), i)
+    yield "rank above", change(lambda t: t[None])
+    yield "rank below", change(lambda t: t[0])
+    yield "no dimension", change(lambda t: t.flatten()[0])
+    yield "size above", change(lambda t: torch.cat([t, t], -1))
+    yield "size below", change(lambda t: t[..., :-1])
+    yield "size 0", change(lambda t: t[..., :0])
+    if xs[last].ndim == 4: yield "channels last as shape", change(lambda t: t.permute(0, 2, 3, 1))
+    yield "too many", [*xs, xs[0]]
+    yield "too few", xs[:-1]
+    yield "other device", change(lambda t: t.to("meta"))
+    yield "no tensor", change(lambda t: t.numpy())
+    yield "a list", change(lambda t: t.tolist())
+    yield "nothing", change(lambda t: None)
+    yield "sparse", change(lambda t: t.to_sparse())
+    if len(xs) > 1: yield "batches differ", change(lambda t: torch.cat([t, t]))
+
+
+@each
+def test_wrong_inputs_are_typed_errors(case):
+    xs, passed = case.inputs(4), []
+    for what, bad in _wrong(xs):
+        try: case.model(*bad)
+        except InputError as e: assert re.search(r"input|batch", str(e)), what
+        except Exception as e: passed.append(f"{what}: {type(e).__name__}: {e}")
+        else: passed.append(f"{what}: no error")
+    assert not passed, "\n".join(passed)
+    case.check(xs)
+
+
+# ---- layouts
+
+def _layouts(x):
+    "(what, the same values in another layout)"
+    yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 2 else x.t().contiguous().t()
+    yield "every second", torch.stack([x, -x], -1)[..., 0] if x.is_floating_point() else torch.stack([x, x], -1)[..., 0]
+    yield "with an offset", torch.cat([torch.full_like(x, 7)[:1], x])[1:]
+    yield "rows of a larger batch", torch.stack([x, torch.full_like(x, 3)], 1).flatten(0, 1)[::2]
+    if x.is_floating_point():
+        yield "that asks for a gradient", x.clone().requires_grad_()
+        yield "with a negative bit", torch._neg_view(-x)
+        yield "part of complex numbers", torch.complex(x, x + 1).real
+        yield "part of conjugates", torch.complex(x, -x).conj().imag
+    if x.ndim == 4: yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    for cls in (TensorBase, *((TensorImage, TensorImageBW) if x.ndim == 4 else ())): yield cls.__name__, cls(x.clone())
+    yield "a parameter", nn.Parameter(x.clone(), requires_grad=False)
+
+
+@each
+@pytest.mark.parametrize("n", [1, 5, 70])
+def test_any_layout(case, n):
+    xs = case.inputs(n, 9)
+    want = run(case.model, xs)
+    for i, x in enumerate(xs):
+        for what, other in _layouts(x):
+            assert torch.equal(other.detach().as_subclass(torch.Tensor), x), what
+            got = run(case.model, [other if j == i else y for j, y in enumerate(xs)])
+            assert type(got) is torch.Tensor and not got.requires_grad
+            assert torch.equal(got, want), f"input {i} {what}: off by {(got - want).abs().max():.3g}"
+
+
+@each
+def test_one_row_for_all(case):
+    xs = [x.expand(6, *x.shape[1:]) for x in case.inputs(1)]
+    case.check(xs)
+
+
+# ---- threads
+
+@each
+def test_eight_threads_at_once(case):
+    model = copy.deepcopy(case.model)  # not run yet: the threads also race for its first call
+    batches = [case.inputs(n, seed=n) for n in (1, 3, case.bs, 2, 70, 5, case.model.max_bs, 1)]
+    want, found, gate = [run(case.eager, xs) for xs in batches], {}, threading.Barrier(8)
+    def work(i):
+        try:
+            gate.wait(30)
+            for _ in range(25): assert_close(run(model, batches[i]), want[i])
+            found[i] = None
+        except BaseException as e: found[i] = e
+    ts = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(8)]
+    for t in ts: t.start()
+    for t in ts: t.join(120)
+    assert not any(t.is_alive() for t in ts), "a thread hangs"
+    for e in found.values():
+        if e is not None: raise e
+    assert len(found) == 8
+
+
+def _spy(monkeypatch, name):
+    seen, b = [], get_backend(name)
+    stock = b.load
+    monkeypatch.setattr(b, "load", lambda payload, device, threads: seen.append(threads) or stock(payload, device, threads))
+    return seen
+
+
+@each_table
+def test_threads_reach_the_runtime(case, monkeypatch):
+    seen, model = _spy(monkeypatch, case.artifact.backend), copy.deepcopy(case.model)
+    for threads in (1, 2, None):
+        model.threads = threads
+        model._reset()
+        case.check(case.inputs(3), run(model, case.inputs(3)))
+        runner = model.runner()
+        n = cpu_threads(threads)
+        assert seen[-1] == n
+        if session := getattr(runner, "session", None): assert session.get_session_options().intra_op_num_threads == n
+        if hasattr(runner, "threads"): assert runner.threads == n
+
+
+@each_table
+def test_default_threads_are_those_the_process_may_use(case, monkeypatch):
+    if not hasattr(os, "sched_setaffinity"): pytest.skip("this system has no CPU affinity")
+    seen, all_cpus, n = _spy(monkeypatch, case.artifact.backend), os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        os.sched_setaffinity(0, {min(all_cpus)})
+        run(copy.deepcopy(case.model), case.inputs(2))
+        assert seen == [1]
+    finally: os.sched_setaffinity(0, all_cpus)
+    torch.set_num_threads(1)
+    try: run(copy.deepcopy(case.model), case.inputs(2))
+    finally: torch.set_num_threads(n)
+    assert seen == [1, 1]
+
+
+@each_table
+def test_calls_leave_the_process_as_it_was(case):
+    model = copy.deepcopy(case.model)
+    model.threads = 1
+    n, grad, rng = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_rng_state()
+    run(model, case.inputs(5))
+    assert torch.get_num_threads() == n and torch.is_grad_enabled() == grad and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_threads_option_of_export(artifacts, tmp_path, monkeypatch):
+    learn = artifacts.learner("table")
+    learn.export(tmp_path / "one.pkl", compile="eager", threads=1)
+    from fastai_compile import open_learner
+    seen = _spy(monkeypatch, "eager")
+    open_learner(tmp_path / "one.pkl")
+    assert seen == [1]
+
+
+# ---- copies
+
+@each
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "cloudpickle", "torch.save"])
+def test_copies(case, how):
+    if how == "deepcopy": other = copy.deepcopy(case.model)
+    elif how == "torch.save":
+        buf = io.BytesIO()
+        torch.save(case.model, buf)
+        other = torch.load(io.BytesIO(buf.getvalue()), weights_only=False)
+    else: other = pickle.loads((pickle if how == "pickle" else cloudpickle).dumps(case.model))
+    assert type(other) is CompiledModel and not other.training
+    assert {t.data_ptr() for t in other.parameters()}.isdisjoint({t.data_ptr() for t in case.model.parameters() if t.numel()})
+    xs = case.inputs(7)
+    assert torch.equal(run(other, xs), run(case.model, xs))
+    del other
+    case.check(xs)
+
+
+@each
+def test_weights_are_those_of_the_learner(case):
+    ours, theirs = case.model.state_dict(), case.artifact.learn.model.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert [n for n, _ in case.model.named_parameters()] == [n for n, _ in case.artifact.learn.model.named_parameters()]
+
+
+def _first_weight(model): return next(p for p in model.parameters() if p.ndim > 1 and p.numel() > 16)
+
+
+def _edit_in_place(m):
+    with torch.no_grad(): _first_weight(m).add_(1)
+def _edit_one_number(m):
+    with torch.no_grad(): _first_weight(m).view(-1)[3] = 9
+def _edit_data(m): _first_weight(m).data.mul_(2)
+def _edit_set_data(m): _first_weight(m).data = torch.zeros_like(_first_weight(m))
+def _edit_numpy(m): _first_weight(m).detach().numpy()[...] *= 2
+def _edit_buffer(m): next(b for b in m.buffers() if b.is_floating_point()).add_(1)
+def _edit_vector(m): nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(m.parameters()) * 2, m.parameters())
+def _edit_state_dict(m): next(t for t in m.state_dict().values() if t.is_floating_point() and t.ndim > 1).mul_(2)
+def _edit_init(m): nn.init.zeros_(_first_weight(m))
+def _edit_replace(m):
+    layer = next(l for l in m.eager.modules() if isinstance(l, nn.Linear))
+    layer.weight = nn.Parameter(layer.weight.detach() * 2)
+
+
+@each_table
+@pytest.mark.parametrize("edit", [_edit_in_place, _edit_one_number, _edit_data, _edit_set_data, _edit_numpy, _edit_buffer, _edit_vector,
+                                  _edit_state_dict, _edit_init, _edit_replace], ids=lambda f: f.__name__[6:])
+def test_edited_weights_are_noticed(case, edit):
+    model, xs = copy.deepcopy(case.model), case.inputs(3)
+    run(model, xs)
+    edit(model)
+    with pytest.raises(NotTrainable, match="to_eager"): run(model, xs)
+    with pytest.raises(NotTrainable): pickle.dumps(model)
+    case.check(xs)  # the original has weights of its own
+
+
+# ---- planted faults
+
+class Faulty(Wrapped):
+    "Gives right answers, but for one fault"
+    def __init__(self, inner, fault, key):
+        super().__init__(inner, "faulty", key)
+        self.fault, self.extra = fault, {}
+    def around(self, run, xs): return self.fault(self, run, xs)
+
+
+def _changed_weight(pick):
+    "The effect of one changed weight, on any backend: what eager gives more with it than without"
+    def fault(b, run, xs):
+        if "m" not in b.extra:
+            m = copy.deepcopy(b.captured.module)
+            w = pick([p for p in m.parameters() if p.ndim > 1])
+            with torch.no_grad():
+                i = w.abs().flatten().argmax()
+                w.view(-1)[i] *= 1.01
+            b.extra["m"] = m
+        with torch.no_grad(): more = [a - o for a, o in zip(b.extra["m"](*xs), b.captured.module(*xs))]
+        return [t + m for t, m in zip(run(xs), more)]
+    return fault
+
+
+def _outputs_permuted(b, run, xs): return [t.flip(-1) for t in run(xs)]
+def _classes_shifted(b, run, xs): return [t.roll(1, -1) for t in run(xs)]
+def _one_class_shifted(b, run, xs): return [t + 0.01 * (torch.arange(t.shape[-1]) == 1) for t in run(xs)]
+def _normalize_missing(b, run, xs): return run([x * 0.226 + 0.449 if x.is_floating_point() else x for x in xs])
+def _fp16_in_disguise(b, run, xs):
+    b.extra.setdefault("m", copy.deepcopy(b.captured.module).half())
+    with torch.no_grad(): return [t.float() for t in b.extra["m"](*[x.half() if x.is_floating_point() else x for x in xs])]
+def _fp16_weights(b, run, xs):
+    b.extra.setdefault("m", copy.deepcopy(b.captured.module).half().float())
+    with torch.no_grad(): return list(b.extra["m"](*xs))
+def _bf16_output(b, run, xs): return [t.bfloat16().float() for t in run(xs)]
+def _rows_permuted(b, run, xs): return [t.flip(0) for t in run(xs)]
+def _rows_mixed(b, run, xs): return [t + 1e-3 * t.mean(0, keepdim=True) if len(t) > 1 else t for t in run(xs)]
+def _wrong_at_one_row(b, run, xs): return [t * 1.001 if len(t) == 1 else t for t in run(xs)]
+def _wrong_at_the_remainder(b, run, xs): return [t * 1.001 if len(t) == 3 else t for t in run(xs)]
+def _all_nan(b, run, xs): return [torch.full_like(t, float("nan")) for t in run(xs)]
+def _inf(b, run, xs): return [t.masked_fill(torch.arange(t.shape[-1]) == 0, float("inf")) for t in run(xs)]
+def _too_few_rows(b, run, xs): return [t[:-1] for t in run(xs)]
+def _too_few_classes(b, run, xs): return [t[..., :-1] for t in run(xs)]
+def _too_many_outputs(b, run, xs): return [*run(xs), xs[-1]]
+def _fp64_output(b, run, xs): return [t.double() for t in run(xs)]
+def _stale(b, run, xs):
+    ts = b.extra.setdefault(len(xs[0]), run(xs))
+    return [t.clone() for t in ts]
+
+
+def _one_late_row(value):
+    "Wrong for a single validation row, which is in none of the batches that the numbers are compared on"
+    def fault(b, run, xs):
+        return [torch.where((b.extra["row"](xs)).reshape(-1, *[1] * (t.ndim - 1)), value(t), t) for t in run(xs)]
+    return fault
+
+
+FAULTS = {
+    "first weight changed": _changed_weight(lambda ws: ws[0]), "last weight changed": _changed_weight(lambda ws: ws[-1]),
+    "outputs permuted": _outputs_permuted, "classes shifted": _classes_shifted, "one class shifted": _one_class_shifted,
+    "Normalize missing": _normalize_missing, "fp16 in disguise": _fp16_in_disguise, "fp16 weights": _fp16_weights,
+    "bf16 output": _bf16_output, "rows permuted": _rows_permuted, "rows mixed": _rows_mixed,
+    "wrong at one row": _wrong_at_one_row, "wrong at the remainder": _wrong_at_the_remainder,
+    "NaN": _all_nan, "inf": _inf, "too few rows": _too_few_rows, "too few classes": _too_few_classes,
+    "too many outputs": _too_many_outputs, "fp64 output": _fp64_output, "a stale answer": _stale,
+    "NaN for one input": _one_late_row(lambda t: torch.full_like(t, float("nan"))),
+    "another class for one input": _one_late_row(lambda t: t.flip(-1)),
+}
+MAIN = ["first weight changed", "last weight changed", "outputs permuted", "Normalize missing", "one class shifted", "NaN for one input",
+        "fp16 in disguise"]  # the others are the same for every backend: they run with one
+PLANTED = [pytest.param(b, "table", f, id=f"{b}-table-{f.replace(' ', '_')}") for b in BACKENDS for f in (MAIN if b != "eager" else FAULTS)]
+PLANTED += [pytest.param("eager", "image", f, id=f"eager-image-{f.replace(' ', '_')}") for f in MAIN]
+
+
+def _late_row(learn):
+    "Recognises the last row of the validation set by its inputs"
+    b = learn.dls.valid.new(shuffle=False, drop_last=False, bs=learn.dls.valid.n).one_batch()
+    row = [x[-1:].as_subclass(torch.Tensor) for x in b[:learn.dls.n_inp]]
+    return lambda xs: torch.stack([(x == r).flatten(1).all(1) for x, r in zip(xs, row)]).all(0)
+
+
+@pytest.mark.parametrize("inner,kind,fault", PLANTED)
+def test_planted_faults_are_refused(inner, kind, fault, artifacts, tmp_path):
+    artifacts(inner, kind)
+    learn, path = artifacts.learner(kind), tmp_path / "model.pkl"
+    path.write_bytes(b"what was there before")
+    before, backend = Files.of(tmp_path), Faulty(inner, FAULTS[fault], kind)
+    backend.extra["row"] = _late_row(learn)
+    with registered(backend):
+        with pytest.raises(VerificationError) as e: learn.export(path, compile="faulty")
+    assert backend.compiled == 1
+    assert Files.of(tmp_path) == before, "the old file is not as it was, or something was left beside it"
+    assert "row" in str(e.value) or "output" in str(e.value), e.value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_fault_the_same_export_passes(kind, artifacts, tmp_path):
+    with registered(Faulty("eager", lambda b, run, xs: run(xs), kind)) as backend:
+        report = artifacts.learner(kind).export(tmp_path / "model.pkl", compile="faulty")
+        assert backend.compiled == 1 and report.backend == "faulty" and (tmp_path / "model.pkl").exists()
+
+
+def test_the_worst_rows_are_named(artifacts, tmp_path):
+    learn = artifacts.learner("image")
+    name = str(learn.dls.valid.items[-1])
+    backend = Faulty("eager", FAULTS["NaN for one input"], "image")
+    backend.extra["row"] = _late_row(learn)
+    with registered(backend):
+        with pytest.raises(VerificationError, match=re.escape(os.path.basename(name))): learn.export(tmp_path / "x.pkl", compile="faulty")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_faulty_candidate_makes_room_for_the_next(artifacts, tmp_path):
+    learn = artifacts.learner("table")
+    with registered(Faulty("eager", _outputs_permuted, "table")):
+        report = learn.export(tmp_path / "x.pkl", compile=["faulty", "eager"])
+    assert report.backend == "eager"
+    assert "refused" in next(r["result"] for r in report.candidates if r["backend"] == "faulty")
+
+
+def test_a_metric_that_moves_is_refused(artifacts, tmp_path):
+    "Numbers within the caller's own tolerance, and yet another accuracy"
+    learn = artifacts.learner("table")
+    with registered(Faulty("eager", _one_class_shifted_far, "table")):
+        with pytest.raises(VerificationError): learn.export(tmp_path / "x.pkl", compile="faulty", tolerance=100.)
+    assert not list(tmp_path.iterdir())
+
+
+def _one_class_shifted_far(b, run, xs): return [t + 5. * (torch.arange(t.shape[-1]) == 1) for t in run(xs)]
+
+
+class Crashing(Wrapped):
+    def compile(self, captured, config): raise RuntimeError("the compiler broke")
+
+
+class Refusing(Wrapped):
+    def compile(self, captured, config): raise BackendError("this graph is not for me")
+
+
+@pytest.mark.parametrize("backend", [Crashing, Refusing])
+def test_a_backend_that_breaks_is_a_typed_error(backend, artifacts, tmp_path):
+    with registered(backend()) as b:
+        with pytest.raises(CompileError, match="broke|not for me"): artifacts.learner("table").export(tmp_path / "x.pkl", compile=b.name)
+        report = artifacts.learner("table").export(tmp_path / "y.pkl", compile=[b.name, "eager"])
+    assert report.backend == "eager" and [p.name for p in tmp_path.iterdir()] == ["y.pkl"]
+
+
+# ---- forks
+
+def _in_child(f, timeout=60):
+    "What `f` gives in a forked child: ('ok', result), ('raised', error) or ('hangs', None)"
+    ctx = multiprocessing.get_context("fork")
+    ours, theirs = ctx.Pipe(duplex=False)
+    def work():
+        try: theirs.send(("ok", f()))
+        except BaseException as e: theirs.send(("raised", f"{type(e).__name__}: {e}"))
+        theirs.close()
+    p = ctx.Process(target=work, daemon=True)
+    p.start()
+    theirs.close()
+    try:
+        res = ours.recv() if ours.poll(timeout) else ("hangs", None)
+    except EOFError: res = ("died", p.exitcode)
+    if res[0] == "hangs": os.kill(p.pid, signal.SIGKILL)
+    p.join(30)
+    return res
+
+
+@each
+@pytest.mark.parametrize("when", ["loaded", "called", "copied in the child"])
+def test_fork(case, when):
+    model = copy.deepcopy(case.model)
+    xs = case.inputs(case.model.max_bs, 4)
+    want = run(case.model, xs).numpy()
+    if when == "loaded": model.runner()
+    else: run(model, xs)
+    def child(): return (run(copy.deepcopy(model), xs) if when == "copied in the child" else run(model, xs)).numpy()
+    for _ in range(2):
+        how, got = _in_child(child)
+        assert how in ("ok", "raised"), f"the child {how} ({got})"
+        if how == "ok": assert_close(torch.from_numpy(got), torch.from_numpy(want))
+        case.check(xs, run(model, xs))  # the parent goes on
+
+
+@each_table
+def test_fork_while_another_thread_loads(case, monkeypatch):
+    b, inside, go_on = get_backend(case.artifact.backend), threading.Event(), threading.Event()
+    stock, parent = b.load, os.getpid()
+    def slow(*args):
+        if os.getpid() == parent:
+            inside.set()
+            go_on.wait(60)
+        return stock(*args)
+    monkeypatch.setattr(b, "load", slow)
+    model, other, xs = copy.deepcopy(case.model), copy.deepcopy(case.model), case.inputs(2)
+    t = threading.Thread(target=lambda: run(model, xs), daemon=True)
+    t.start()
+    try:
+        assert inside.wait(30)
+        how, got = _in_child(lambda: run(other, xs).numpy(), 30)
+    finally:
+        go_on.set()
+        t.join(30)
+    assert how in ("ok", "raised"), f"the child {how}"
+
+
+FORKED_PREDICT = """
+import os, time, signal
+from fastai.vision.all import *
+learn = load_learner({path!r})
+img = PILImage.create(np.random.default_rng(0).integers(0, 256, (900, 700, 3), dtype=np.uint8))
+with learn.no_bar():
+    want = learn.predict(img)[2]
+    big = torch.randn(2000, 2000).add(1).exp().sum()  # a parallel region in the parent
+    pid = os.fork()
+    if not pid:
+        try:
+            got = learn.predict(img)[2]
+            preds = learn.get_preds(dl=learn.dls.test_dl([img]*9, num_workers=0))[0]
+            os._exit(0 if torch.allclose(got, want, atol=1e-5) and preds.shape[0] == 9 else 3)
+        except BaseException as e: print(repr(e), flush=True); os._exit(4)
+    end = time.time() + 90
+    while time.time() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done: break
+        time.sleep(0.05)
+    else: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0); status = None
+answer(status if status is None else os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_predict_in_a_forked_worker(name, artifacts):
+    "As with `gunicorn --preload`: loaded and used in the parent, used again in the child"
+    code = fresh(FORKED_PREDICT.format(path=str(artifacts(name, "image").path)))
+    assert code is not None, "the child hangs"
+    assert code in (0, 4), f"the child ends with {code}: wrong answers (3) or a signal (negative)"
+
+
+def test_all_public_errors_are_compile_errors():
+    errors = importlib.import_module("fastai_compile.errors")
+    for name in errors.__all__:
+        cls = getattr(errors, name)
+        assert issubclass(cls, CompileError) and not issubclass(cls, (ImportError, AttributeError)), name
+
+
+assert time and Learner
