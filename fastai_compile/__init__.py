@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from fastai_compile.artifact import inspect_artifact
 from fastai_compile import text as _text  # registers its rewrite
-from fastai_compile.backends import onnxruntime as _onnxruntime  # registers the backend
+from fastai_compile.backends import inductor as _inductor, onnxruntime as _onnxruntime  # register the backends
 from fastai_compile.backends.base import available_backends, register_backend
 from fastai_compile.config import CompileConfig
 from fastai_compile.errors import (ArtifactError, BackendError, BackendUnavailable, CaptureError, CompileError, ConfigError, ExampleError,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from fastai.text.models.awdlstm import AWD_LSTM
+from fastai.torch_core import TensorBase
 from .errors import CaptureError
 from .example import Example
 from .rewrites import apply_rewrites, copy_model
@@ -28,8 +29,8 @@ class Structure:
     def flat(self, out):
         "The distinct tensors of a model's output"
         res, n = {}, 0
-        for leaf, (i, cls) in zip(pytree.tree_leaves(out), self.leaves):
-            if i is not None and i not in res: res[i] = leaf.as_subclass(torch.Tensor) if type(leaf) is cls is not torch.Tensor else leaf
+        for leaf, (i, _) in zip(pytree.tree_leaves(out), self.leaves):
+            if i is not None and i not in res: res[i] = leaf.as_subclass(torch.Tensor) if isinstance(leaf, TensorBase) else leaf
         return tuple(res[i] for i in sorted(res))
 
     def build(self, ts):
@@ -92,7 +93,7 @@ class Captured:
 @contextmanager
 def quiet():
     "Without the warnings and log lines of compilers about themselves"
-    loggers = [logging.getLogger(n) for n in ('torch.onnx', 'onnxscript', 'onnx_ir', 'torch._inductor', 'torch._export', 'torch.export', 'torch._dynamo', 'torch.fx')]
+    loggers = [logging.getLogger(n) for n in ('torch.onnx', 'onnxscript', 'onnx_ir', 'torch._inductor', 'torch._export', 'torch.export', 'torch._dynamo', 'torch.fx', 'torch.utils.cpp_extension')]
     levels = [l.level for l in loggers]
     try:
         for l in loggers: l.setLevel(logging.CRITICAL)
@@ -167,8 +168,9 @@ def capture(
     with torch.no_grad():
         try: out = eager(*example.xb)
         except Exception as e: raise CaptureError(f'the model itself fails on {example}: {_reason(e)}') from e
-        structure = structure_of(form(*example.xb) if used else out)
-        if structure.spec != structure_of(out).spec: raise CaptureError(f'a rewrite ({", ".join(used)}) changes what this model returns: please report it')
+        structure, own = structure_of(form(*example.xb)) if used else structure_of(out), structure_of(out)
+        if structure.spec != own.spec: raise CaptureError(f'a rewrite ({", ".join(used)}) changes what this model returns: please report it')
+        structure = Structure(own.spec, tuple((i, c) for (i, _), (_, c) in zip(structure.leaves, own.leaves)))
         module = Flat(form, structure).eval()
         if used and not _same(structure.flat(out), module(*example.xb)):
             raise CaptureError(f'a rewrite ({", ".join(used)}) changes the answers of this model, so it cannot be used: please report it')

@@ -19,7 +19,7 @@ from . import __version__
 from .artifact import check_target, pickle_globals, where_from, write_artifact
 from .backends.base import Table, available_backends, backends, get_backend, host
 from .capture import capture
-from .errors import BackendError, BackendUnavailable, CaptureError, CompileError, HostMismatch, NotTrainable, VerificationError
+from .errors import BackendError, BackendUnavailable, CaptureError, CompileError, ConfigError, HostMismatch, NotTrainable, VerificationError
 from .example import ExampleError, check_repeatable, example_batch, preserved, _has_rows
 from .model import CompiledModel
 from .package import learner_bytes
@@ -129,15 +129,23 @@ def _attempt(backend, captured, config, ref, reference, stages):
     "Compile with one backend and check its numbers; what goes wrong is kept in the candidate"
     c, start = Candidate(backend.name), time.perf_counter()
     try:
-        with stages('compile', backend.name): payload = backend.compile(captured, config)
-        with stages('load', backend.name):
+        with stages('compile', backend.name), _adapter(backend.name): payload = backend.compile(captured, config)
+        with stages('load', backend.name), _adapter(backend.name):
             c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager, config.threads, captured.guards, reference)
             c.model.runner()
         c.seconds = time.perf_counter()-start
-        with stages('gate', backend.name): c.numbers = check_numbers(c.model, captured, ref, config.tolerance)
+        with stages('gate', backend.name), _adapter(backend.name): c.numbers = check_numbers(c.model, captured, ref, config.tolerance)
     except VerificationError as e: c.failed, c.error = f'refused by the gate: {e}', e
-    except BackendError as e: c.failed, c.error = f'{type(e).__name__}: {e}', e
+    except ConfigError: raise
+    except CompileError as e: c.failed, c.error = f'{type(e).__name__}: {e}', e
     return c
+
+@contextmanager
+def _adapter(name):
+    "Whatever else an adapter raises becomes a `BackendError` that names it"
+    try: yield
+    except CompileError: raise
+    except Exception as e: raise BackendError(f'{name} failed: {type(e).__name__}: {e}') from e
 
 def _time(learn, captured, cands, config, stages):
     "{batch size: {name: Timing}} of eager and every candidate, interleaved"
@@ -337,7 +345,7 @@ def _facts(learn, config, model, winner, verdict, timings, runs_on):
     return {'made_by': f'fastai_compile {__version__}', 'created': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'learner': type(learn).__name__,
         'backend': winner.name, 'level': model.placement.level, 'target': model.placement.target, 'python': h['python'], 'os': f"{h['system']} {h['machine']}",
         'needs': model.payload.needs, 'runs_on': runs_on, 'versions': {p: v(p) for p in ('torch', 'fastai', 'fastcore', 'onnxruntime', 'numpy')},
-        'inputs': [spec(s) for s in model.inputs], 'outputs': [spec(s) for s in model.outputs], 'batch': [1, model.max_bs], 'vocab': _vocab(learn.dls),
+        'inputs': [spec(s) for s in model.input_specs], 'outputs': [spec(s) for s in model.output_specs], 'batch': [1, model.max_bs], 'vocab': _vocab(learn.dls),
         'keep_eager': config.keep_eager, 'gate': {'numbers': list(winner.numbers.checks), 'answers': list(verdict.checks) if verdict else None, 'notes': verdict.notes if verdict else []},
         'timings_ms': {str(b): {n: t.median_ms for n, t in ts.items()} for b, ts in timings.items()},
         'reference': None if ref is None else {'input': [list(x.shape) for x in ref['xb']], 'output': [o.flatten()[:8].tolist() for o in ref['out']], 'limit': ref.get('limit')}}

@@ -13,8 +13,17 @@ from .backends.base import cpu_threads, get_backend
 from .errors import InputError, NotTrainable
 
 # %% ../nbs/05_model.ipynb #68365284
-_runner_lock = threading.RLock()
-_after_fork = [] # Sessions that a forked child inherited: their threads are gone, so they are neither used nor torn down
+class _Process:
+    "What a fork changes: the child has no threads but its own"
+    lock, forked, loaded = threading.RLock(), False, False
+    inherited = [] # Sessions of the parent: their threads are gone, so they are neither used nor torn down
+
+def _after_fork():
+    # OpenMP's worker threads are gone too, and a parallel region would wait for them for ever: with one thread there is no such region
+    _Process.lock, _Process.forked = threading.RLock(), True
+    if _Process.loaded: torch.set_num_threads(1)
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
 def _shapes(xs): return ', '.join(f'{list(x.shape)} {str(x.dtype)[6:]}' if isinstance(x, torch.Tensor) else type(x).__name__ for x in xs)
 
@@ -32,7 +41,7 @@ class CompiledModel(nn.Module):
         reference=None, # {'xb': synthetic inputs of one row, 'out': flat outputs}
     ):
         super().__init__()
-        self.payload, self.inputs, self.outputs, self.structure = payload, inputs, outputs, structure
+        self.payload, self.input_specs, self.output_specs, self.structure = payload, inputs, outputs, structure
         self.max_bs, self.threads, self.guards, self.reference = max_bs, threads, tuple(guards), reference
         self.restore = {}   # What `to_eager` puts back on the learner
         vars(self)['eager'] = eager
@@ -47,12 +56,12 @@ class CompiledModel(nn.Module):
     def runner(self):
         "The backend's function on this host, made at the first call and again in a forked child"
         if self._run is None or self._pid != os.getpid():
-            with _runner_lock:
+            with _Process.lock:
                 if self._run is None or self._pid != os.getpid():
-                    if self._run is not None: _after_fork.append(self._run)
-                    # After a fork OpenMP's worker threads are gone and a parallel region may wait for them for ever: one thread is safe
-                    n = 1 if self._run is not None else cpu_threads(self.threads)
+                    if self._run is not None: _Process.inherited.append(self._run)
+                    n = 1 if _Process.forked else cpu_threads(self.threads)
                     vars(self).update(_run=get_backend(self.payload.backend).load(self.payload, 'cpu', n), _pid=os.getpid())
+                    _Process.loaded = True
         return self._run
 
     @property
@@ -65,7 +74,7 @@ class CompiledModel(nn.Module):
             if n == 0: ts = self._empty(xs)
             elif n <= self.max_bs: ts = self._call(xs, n)
             else:
-                if loose := [o.name for o in self.outputs if not o.batched]:
+                if loose := [o.name for o in self.output_specs if not o.batched]:
                     raise InputError(f'a batch of {n} is above max_bs={self.max_bs}, and cannot be cut: output {", ".join(loose)} '
                                      f'belongs to the batch as a whole. Export again with `max_bs={n}`')
                 parts = [self._call([x[i:i+self.max_bs].contiguous() for x in xs], min(self.max_bs, n-i)) for i in range(0, n, self.max_bs)]
@@ -74,17 +83,17 @@ class CompiledModel(nn.Module):
 
     def _call(self, xs, n):
         ts = self.runner()(xs)
-        if len(ts) != len(self.outputs): raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self.outputs)}')
-        for t, spec in zip(ts, self.outputs):
+        if len(ts) != len(self.output_specs): raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self.output_specs)}')
+        for t, spec in zip(ts, self.output_specs):
             if t.ndim != len(spec.shape) or (spec.batched and t.shape[0] != n) or t.dtype != spec.dtype:
                 raise InputError(f'{self.payload.backend} returned {list(t.shape)} {t.dtype} where {spec} was expected')
         return ts
 
     def _check(self, xs):
         "The inputs as plain contiguous tensors, and the batch. Raises `InputError`"
-        if len(xs) != len(self.inputs): raise InputError(f'{len(self.inputs)} inputs are needed ({list(self.inputs)}), not {len(xs)}')
+        if len(xs) != len(self.input_specs): raise InputError(f'{len(self.input_specs)} inputs are needed ({list(self.input_specs)}), not {len(xs)}')
         res, n = [], None
-        for i, (x, spec) in enumerate(zip(xs, self.inputs)):
+        for i, (x, spec) in enumerate(zip(xs, self.input_specs)):
             if not isinstance(x, torch.Tensor): raise InputError(f'input {i} is a {type(x).__name__}, not a tensor')
             if x.dtype != spec.dtype: raise InputError(f'input {i} is {str(x.dtype)[6:]}, needed is {str(spec.dtype)[6:]}: call `.to(torch.{str(spec.dtype)[6:]})` first')
             if x.device.type != 'cpu': raise InputError(f"input {i} is on {x.device}, the model runs on cpu: move it with `.cpu()`")
@@ -99,8 +108,8 @@ class CompiledModel(nn.Module):
         return res, n
 
     def _empty(self, xs):
-        sizes = [x.shape[i] for x, s in zip(xs, self.inputs) for i, d in enumerate(s.shape) if d is None and i]
-        return [torch.empty([0 if (i == 0 and o.batched) else d if d is not None else (sizes or [0])[0] for i, d in enumerate(o.shape)], dtype=o.dtype) for o in self.outputs]
+        sizes = [x.shape[i] for x, s in zip(xs, self.input_specs) for i, d in enumerate(s.shape) if d is None and i]
+        return [torch.empty([0 if (i == 0 and o.batched) else d if d is not None else (sizes or [0])[0] for i, d in enumerate(o.shape)], dtype=o.dtype) for o in self.output_specs]
 
     # ---- weights
     def _fingerprint(self):
@@ -143,7 +152,7 @@ class CompiledModel(nn.Module):
         vars(self).update(state)
         self._reset()
     def __repr__(self):
-        return f'CompiledModel({self.payload.backend}, batch 1 to {self.max_bs}, in: {list(self.inputs)}, out: {list(self.outputs)})'
+        return f'CompiledModel({self.payload.backend}, batch 1 to {self.max_bs}, in: {list(self.input_specs)}, out: {list(self.output_specs)})'
 
 def _no(what):
     return NotTrainable(f'{what}: a compiled model can neither train nor change its weights, dtype or device. '

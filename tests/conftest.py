@@ -1,4 +1,5 @@
 """Settings and fixtures of all tests. Compiling takes seconds: what one test compiled, the others share."""
+import logging
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle OpenMP threads sleep instead of spinning
@@ -11,8 +12,9 @@ import pytest
 
 
 def pytest_configure(config):
-    for line in ("ignore:load_learner:UserWarning", "ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning",
-                 "ignore:The given NumPy array is not writable:UserWarning"):
+    logging.getLogger("torch.__trace").propagate = False
+    for line in ("ignore:load_learner:UserWarning", "ignore:.*torch.jit.*:FutureWarning",
+                 "ignore:.*torch.jit.*:DeprecationWarning", "ignore:The given NumPy array is not writable:UserWarning"):
         config.addinivalue_line("filterwarnings", line)
 
 

@@ -1,5 +1,4 @@
 """Small learners with made-up data, shared by the tests: quick to train, quick to export, the same on every run."""
-import copy
 import io
 import json
 import os
@@ -16,7 +15,10 @@ import torch
 from fastai.tabular.all import *
 from fastai.vision.all import *
 
-import fastai_compile
+import copy  # after fastai, which has a function of that name
+import dataclasses
+
+import fastai_compile  # noqa: F401 - patches Learner
 from fastai_compile.backends.base import backends, register_backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +106,7 @@ def random_inputs(model, n, seed=0):
         shape = [n, *spec.shape[1:]]
         if spec.dtype.is_floating_point: return torch.randn(shape, generator=rng, dtype=spec.dtype)
         return torch.randint(0, 2, shape, generator=rng, dtype=spec.dtype)
-    return [one(s) for s in model.inputs]
+    return [one(s) for s in model.input_specs]
 
 
 def eager_of(learn, double=False):
@@ -196,7 +198,9 @@ class Files:
 
     @classmethod
     def of(cls, folder):
-        return cls({p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino) for p in sorted(Path(folder).iterdir()) if p.is_file()})
+        found = {p.name: (p.read_bytes(), p.stat().st_mtime_ns, p.stat().st_ino)
+                 for p in sorted(Path(folder).iterdir()) if p.is_file()}
+        return cls(found)
 
 
 def contents(data):
@@ -220,6 +224,3 @@ def fresh(code, env=None, path=(), timeout=300, check=True):
     answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
     if check: assert done.returncode == 0 and answers, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return answers[-1] if answers else None
-
-
-assert hasattr(Learner.export, "stock"), fastai_compile
