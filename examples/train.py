@@ -23,7 +23,7 @@ def make_learner(path):
     "A resnet18 without pretrained weights for the digits, which are written below `path`"
     set_seed(SEED, reproducible=True)
     dls = ImageDataLoaders.from_folder(write_digits(Path(path)/'digits'), valid_pct=0.2, seed=SEED, bs=64, num_workers=0,
-                                       device='cpu', batch_tfms=Normalize.from_stats(*imagenet_stats))
+                                       device='cpu', item_tfms=Resize(SIZE), batch_tfms=Normalize.from_stats(*imagenet_stats))
     return vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=Path(path))
 
 def train(learn):

@@ -326,6 +326,24 @@ def test_calls_leave_the_process_as_it_was(case):
     assert torch.get_num_threads() == n and torch.is_grad_enabled() == grad and torch.equal(torch.get_rng_state(), rng)
 
 
+@each_table
+def test_threads_of_the_process_survive_calls_at_once(case):
+    model, xs, n = copy.deepcopy(case.model), case.inputs(2), torch.get_num_threads()
+    model.threads = 1
+    torch.set_num_threads(2)
+    try:
+        ts = [threading.Thread(target=lambda: [run(model, xs) for _ in range(200)], daemon=True) for _ in range(4)]
+        for t in ts: t.start()
+        for t in ts: t.join(60)
+        assert torch.get_num_threads() == 2
+        left = []
+        t = threading.Thread(target=lambda: left.append(torch.get_num_threads()))
+        t.start()
+        t.join()
+        assert left == [2], "threads that start later would run with less"
+    finally: torch.set_num_threads(n)
+
+
 def test_threads_option_of_export(artifacts, tmp_path, monkeypatch):
     learn = artifacts.learner("table")
     learn.export(tmp_path / "one.pkl", compile="eager", threads=1)

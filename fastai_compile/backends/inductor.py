@@ -15,17 +15,17 @@ from .base import (Payload, Placement, Probe, backend_options, cpu_flags, cpu_th
 from ..capture import quiet
 from ..config import nearest
 from ..errors import BackendError, BackendUnavailable, ConfigError
-from ..timing import interleave, is_faster
+from ..timing import interleave, is_faster, ratio
 
 # %% ../../nbs/backends/30_inductor.ipynb #20bc6a90
 _OURS = {'cpp.dynamic_threads': True,
-         'aot_inductor.check_lowerbound': False, 'aot_inductor.check_upperbound': False, # `CompiledModel` checks, and knows the true bounds
-         'aot_inductor.enable_line_tables': False, # Debug information: 1 MB, and paths of the machine that exported
+         'aot_inductor.check_lowerbound': False, 'aot_inductor.check_upperbound': False, # `CompiledModel` checks
+         'aot_inductor.enable_line_tables': False, # 1 MB of debug information, with paths of the machine that exported
          'autotune_num_choices_displayed': 0, 'max_autotune_report_choices_stats': False}
-_RESERVED = ('aot_inductor.package', 'aot_inductor.output_path', 'aot_inductor.cross_target', 'aot_inductor.use_minimal_arrayref',
-             'aot_inductor.allow_stack_allocation', 'aot_inductor_mode.', 'fx_wrapper', 'aot_inductor.custom_op', 'cpp.dynamic_threads',
-             'aot_inductor.check_')
-_V3 = ('abm', 'avx', 'avx2', 'bmi1', 'bmi2', 'f16c', 'fma', 'movbe', 'popcnt', 'sse', 'sse2', 'sse4_1', 'sse4_2', 'ssse3') # x86-64-v3
+_RESERVED = ('cpp.dynamic_threads', 'aot_inductor.check_', 'aot_inductor.package', 'aot_inductor.output_path',
+             'aot_inductor.cross_target', 'aot_inductor.custom_op', 'aot_inductor.use_minimal_arrayref',
+             'aot_inductor.allow_stack_allocation', 'aot_inductor_mode.', 'fx_wrapper')
+_V3 = ('abm', 'avx', 'avx2', 'bmi1', 'bmi2', 'f16c', 'fma', 'movbe', 'popcnt', 'sse', 'sse2', 'sse4_1', 'sse4_2', 'ssse3')
 
 def _compiler():
     "The C++ compiler to call, or None"
@@ -40,17 +40,24 @@ def _of_mode(mode):
     if modes[mode] and not opts: raise ConfigError(f'mode={mode!r} means CUDA graphs, and nothing on a CPU: leave it out')
     return opts
 
-def _settings(config, name):
-    "What the options say: (True, False or 'auto' for freezing, inductor's configuration). Raises `ConfigError`"
-    with quiet(): import torch._inductor
-    known, opts = torch._inductor.list_options(), backend_options(config, name, None)
-    freezing, mode = opts.pop('freezing', 'auto'), opts.pop('mode', 'default')
-    if freezing not in (True, False, 'auto'): raise ConfigError(f"freezing={freezing!r}: choose True, False or 'auto', which measures")
-    defaults = torch._inductor.config.get_config_copy()
+def _check_options(opts):
+    known, defaults = torch._inductor.list_options(), torch._inductor.config.get_config_copy()
     for k, v in opts.items():
-        if k not in known: raise ConfigError(f'inductor {torch.__version__} has no option {k!r}.{nearest(k, [*known, "mode"])} `torch._inductor.list_options()` lists them')
-        if k.startswith(_RESERVED): raise ConfigError(f'the option {k!r} is not free: what loads the file depends on it')
-        if defaults.get(k) is not None and not isinstance(v, type(defaults[k])): raise ConfigError(f'{k}={v!r}: must be a {type(defaults[k]).__name__}')
+        if k not in known:
+            raise ConfigError(f'inductor of torch {torch.__version__} has no option {k!r}.{nearest(k, [*known, "mode"])} '
+                              '`torch._inductor.list_options()` lists them')
+        if k.startswith(_RESERVED): raise ConfigError(f'the option {k!r} is not free: opening the file depends on it')
+        if defaults.get(k) is not None and not isinstance(v, type(defaults[k])):
+            raise ConfigError(f'{k}={v!r}: must be a {type(defaults[k]).__name__}')
+
+def _settings(config, name):
+    "What `config.options` say: (True, False or 'auto' for freezing, inductor's configuration). Raises `ConfigError`"
+    with quiet(): import torch._inductor
+    opts = backend_options(config, name, None)
+    freezing, mode = opts.pop('freezing', 'auto'), opts.pop('mode', 'default')
+    if freezing not in (True, False, 'auto'): raise ConfigError(f"freezing={freezing!r}: choose True, False or 'auto'")
+    _check_options(opts)
+    known = torch._inductor.list_options() # They differ between versions of PyTorch
     settings = {k: v for k, v in _OURS.items() if k in known} | {'cpp.cxx': (None, _compiler())}
     if not shutil.which('openssl'): settings['aot_inductor.precompile_headers'] = False # Inductor hashes them with it
     return freezing, settings | _of_mode(mode) | opts
@@ -62,7 +69,7 @@ def _flags(settings):
 
 # %% ../../nbs/backends/30_inductor.ipynb #c38ae000
 def _why(e):
-    "The telling part of an error: the compiler's own words, or the first lines"
+    "The telling part of an error: the C++ compiler's own words, or the first lines"
     lines = str(e).split('\nException raised')[0].splitlines()
     return f'{type(e).__name__}: ' + '\n'.join([l for l in lines if ' error: ' in l][:5] or lines)[:600]
 
@@ -72,36 +79,39 @@ def _member(z, name):
     return torch.frombuffer(data, dtype=torch.uint8)
 
 def _unpack(package):
-    "({file: bytes} that loading needs, where the operators run) of an AOTInductor package"
+    "({file: bytes} that loading needs, {where: how many operators run there}) of an AOTInductor package"
     with zipfile.ZipFile(package) as z:
         so, = [n for n in z.namelist() if n.endswith('.so')]
         found = {'model.so': so, 'model.json': so[:-3] + '.json'}
-        source = ''.join(z.read(n).decode() for n in z.namelist() if n.endswith('wrapper.cpp'))
         files = {k: _member(z, n) for k, n in found.items() if n in z.namelist()}
+        source = ''.join(z.read(n).decode() for n in z.namelist() if n.endswith('wrapper.cpp'))
     count = lambda pattern: len(re.findall(pattern, source, re.M))
-    return files, {'generated C++': count(r'^\s+cpp_fused\w*\('), 'PyTorch': count(r'aoti_torch_(?:cpu_\w+|proxy_executor_call_function)\(')}
+    return files, {'generated C++': count(r'^\s+cpp_\w+\('),
+                   'PyTorch': count(r'aoti_torch_(?:cpu_\w+|proxy_executor_call_function)\(')}
 
 def _compile(captured, settings, threads):
     "One compile. Raises `BackendError` with the reason"
     try:
         with tempfile.TemporaryDirectory() as folder, torch_threads(threads), torch.no_grad(), quiet():
-            path = torch._inductor.aoti_compile_and_package(captured.program, package_path=f'{folder}/model.pt2', inductor_configs=dict(settings))
+            path = torch._inductor.aoti_compile_and_package(captured.program, package_path=f'{folder}/model.pt2',
+                                                            inductor_configs=dict(settings))
             files, operators = _unpack(path)
     except Exception as e: raise BackendError(f'inductor could not compile the graph: {_why(e)}') from e
-    h = host()
-    return Payload('inductor', files, needs={k: h[k] for k in ('torch', 'system', 'machine')} | {'cpu_flags': _flags(settings)},
-                   placement=Placement('inductor on CPU', 'compiled', operators))
+    needs = {k: v for k, v in host().items() if k in ('torch', 'system', 'machine')} | {'cpu_flags': _flags(settings)}
+    return Payload('inductor', files, needs=needs, placement=Placement('inductor on CPU', 'compiled', operators))
 
 # %% ../../nbs/backends/30_inductor.ipynb #19a30988
 _PREFIX = 'fastai_compile-'
-_TEMP = 'set TMPDIR to a folder that can be written to and may hold programs (not mounted noexec); in a container: `-e TMPDIR=/scratch --tmpfs /scratch:exec`'
+_TEMP = ('set TMPDIR to a folder that can be written to and is not mounted noexec; '
+         'in a container: `-e TMPDIR=/scratch --tmpfs /scratch:exec`')
 
 def _sweep(older_s=60):
-    "Remove the folders of killed processes. Young ones stay: the process of a neighbouring container cannot be seen from here"
+    "Remove the folders of killed processes. Young ones stay: processes of a neighbouring container cannot be seen from here"
     for folder in Path(tempfile.gettempdir()).glob(f'{_PREFIX}*-*'):
         pid = folder.name[len(_PREFIX):].split('-')[0]
         with suppress(OSError):
-            if pid.isdigit() and not Path(f'/proc/{pid}').exists() and time.time()-folder.stat().st_mtime > older_s: shutil.rmtree(folder)
+            if pid.isdigit() and not Path(f'/proc/{pid}').exists() and time.time()-folder.stat().st_mtime > older_s:
+                shutil.rmtree(folder)
 
 @contextmanager
 def _unpacked(files):
@@ -112,7 +122,8 @@ def _unpacked(files):
         folder = Path(tempfile.mkdtemp(prefix=f'{_PREFIX}{os.getpid()}-'))
         for name, data in files.items(): (folder/name).write_bytes(data.numpy().data)
         yield folder
-    except OSError as e: raise BackendError(f'a compiled model passes through the temporary folder when it is opened, and that failed ({e}): {_TEMP}') from e
+    except OSError as e:
+        raise BackendError(f'a compiled model is opened through the temporary folder, and that failed ({e}): {_TEMP}') from e
     finally:
         if folder is not None: shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,16 +134,17 @@ class InductorRunner:
         try:
             with torch.no_grad(), torch_threads(self.threads): res = self.library.run(xs)
         except Exception as e: raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
-        mine = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
-        return [o.clone(memory_format=torch.contiguous_format) if o.untyped_storage().data_ptr() in mine else o.contiguous() for o in res]
+        given = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
+        return [o.clone(memory_format=torch.contiguous_format) if o.untyped_storage().data_ptr() in given else o.contiguous()
+                for o in res]
 
 # %% ../../nbs/backends/30_inductor.ipynb #1e14ba0c
 class InductorBackend:
     "AOTInductor on the CPU"
     name, rewrites, shapes, cost = 'inductor', (), 'dynamic', 2
     def probe(self, device):
-        if sys.platform != 'linux': return Probe(False, f'AOTInductor files are made and opened on Linux, this is {sys.platform}', 'use Linux, or a container')
-        if (cxx := _compiler()) is None: return Probe(False, 'no C++ compiler: neither g++ nor clang++ nor $CXX is here', 'apt-get install g++')
+        if sys.platform != 'linux': return Probe(False, f'it compiles on Linux only, this is {sys.platform}', 'use Linux or a container')
+        if (cxx := _compiler()) is None: return Probe(False, 'no C++ compiler: neither $CXX nor g++ nor clang++', 'apt-get install g++')
         return Probe(True, f'PyTorch {torch.__version__}, {Path(shlex.split(cxx)[0]).name}')
 
     def coverage(self, captured, config):
@@ -143,40 +155,44 @@ class InductorBackend:
         freezing, settings = _settings(config, self.name)
         if not (probe := self.probe('cpu')).usable: raise BackendUnavailable(f'inductor: {probe.reason}: `{probe.mend}`')
         threads, start, made, errors = cpu_threads(config.threads), time.perf_counter(), {}, {}
-        order = [freezing] if freezing != 'auto' else sorted((True, False), key=lambda f: f != _likely_frozen(captured, config))
-        for frozen in order:
+        likely = _likely_frozen(captured, config) if freezing == 'auto' else freezing
+        for frozen in (likely, not likely)[:2 if freezing == 'auto' else 1]:
             if made and time.perf_counter()-start > config.budget_s/4: break
             try: made[frozen] = _compile(captured, settings | {'freezing': frozen}, threads)
             except BackendError as e: errors[frozen] = e
-        if not made: raise errors[order[0]]
-        frozen, times = next(iter(made)), {}
-        if len(made) == 2: frozen, times = self._faster(made, captured, config, threads)
-        payload, opts = made[frozen], {k: v for k, v in backend_options(config, self.name, None).items() if k != 'freezing'}
-        payload.choices = {'freezing': frozen, 'measured_ms': times, 'options': opts, 'not measured': _unmeasured(made, errors, freezing)}
-        return payload
+        if not made: raise errors[likely]
+        frozen, found = self._faster(made, captured, config, threads) if len(made) == 2 else (next(iter(made)), {})
+        if freezing == 'auto' and len(made) == 1:
+            found = {'not measured': next((f'freezing={k}: {e}' for k, e in errors.items()), 'one compile took over a quarter of budget_s')}
+        opts = {k: v for k, v in backend_options(config, self.name, None).items() if k != 'freezing'}
+        made[frozen].choices = {'freezing': frozen, **found, 'options': opts}
+        return made[frozen]
 
     def _faster(self, made, captured, config, threads):
-        "Time both forms: (True where the frozen one is faster beyond the noise, milliseconds)"
-        inputs = [[x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n] for x in captured.example.xb] for n in config.bs]
-        runs = {name: self.load(made[frozen], 'cpu', threads) for frozen, name in ((True, 'frozen'), (False, 'not frozen'))}
-        times = interleave({name: lambda run=run: [run(xs) for xs in inputs] for name, run in runs.items()}, budget_s=10)
-        return is_faster(times['frozen'], times['not frozen']), {k: float(f'{t.median_ms:.3g}') for k, t in times.items()}
+        "Time both forms: (True where the frozen one is faster beyond the noise, what was found)"
+        batches = [[x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n] for x in captured.example.xb] for n in config.bs]
+        runs = {k: self.load(made[k], 'cpu', threads) for k in made}
+        if not _agree(runs, batches): return False, {'not measured': 'the frozen form fails, or gives other answers'}
+        t = interleave({k: lambda run=run: [run(xs) for xs in batches] for k, run in runs.items()}, budget_s=10)
+        ms = {name: float(f'{t[k].median_ms:.3g}') for name, k in (('frozen', True), ('not frozen', False))}
+        return is_faster(t[True], t[False]), {'measured_ms': ms, 'frozen over not frozen': repr(ratio(t[True], t[False]))}
 
     def load(self, payload, device, threads):
         with _unpacked(payload.files) as folder:
-            # One instance of the model: a call holds Python's lock, so that a second one would never run
+            # One instance of the model: a call holds Python's lock, so a second one would never run
             try: library = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder/'model.so'), 1)
             except Exception as e:
-                raise BackendError(f'the compiled library cannot be opened: {_why(e)}' + (f'\n{_TEMP}' if 'failed to map' in str(e) else '')) from e
+                hint = f'\n{_TEMP}' if 'failed to map' in str(e) else ''
+                raise BackendError(f'the compiled library cannot be opened: {_why(e)}{hint}') from e
         return InductorRunner(library, Placement(payload.placement.target, 'executed', payload.placement.operators), threads)
 
 def _likely_frozen(captured, config):
     "Convolutions gain from packed weights where the batch is not tiny; little else does"
     return max(config.bs) >= 8 and any('conv' in str(n.target) for n in captured.program.graph.nodes if n.op == 'call_function')
 
-def _unmeasured(made, errors, freezing):
-    "Why only one form was there to choose from"
-    if len(made) == 2 or freezing != 'auto': return None
-    return next((f'freezing={k}: {e}' for k, e in errors.items()), 'one compile took more than a quarter of budget_s')
+def _agree(runs, batches):
+    close = lambda a, b: torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
+    try: return all(close(a, b) for xs in batches for a, b in zip(runs[True](xs), runs[False](xs)))
+    except BackendError: return False
 
 register_backend(InductorBackend());

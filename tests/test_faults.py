@@ -1,0 +1,154 @@
+"""What goes wrong on real machines: kills, full disks, damaged files. A few of each; `soak.py` runs the long counts."""
+import io
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from faults import TESTS, damage, in_child, is_clean, kills, make_file
+from fastai_compile import WriteError
+from fastai_compile.artifact import write_artifact, inspect_artifact
+from fastai_compile.backends.base import backends, get_backend
+
+FACTS = {"python": "any", "needs": {}, "definitions": [], "name": "old"}
+
+
+@pytest.fixture(scope="module", params=[b for b in backends() if b != "eager"])
+def exported(request, tmp_path_factory):
+    probe = get_backend(request.param).probe("cpu")
+    if not probe.usable: pytest.skip(f"{request.param}: {probe.reason}")
+    return make_file(tmp_path_factory.mktemp("file"), request.param)
+
+
+@pytest.mark.parametrize("kind, count", [("bit flip", 100), ("truncation", 40)])
+def test_damaged_files_are_never_silently_wrong(exported, kind, count):
+    res = damage(exported, kind, count)
+    assert is_clean(res), res
+    assert res["open_learner: typed error"] > count / 2, res
+
+
+def _plant_silence():
+    "What the check above must catch: a file format that does not look at its bytes"
+    import faults
+    from types import SimpleNamespace
+
+    import torch
+    from fastai_compile import learner
+    faults._answer = lambda learn: learn
+    import fastai.learner
+    import fastai_compile
+    calls = iter(range(10**6))
+    fastai_compile.open_learner = fastai.learner.load_learner = lambda p: torch.tensor(next(calls))
+    assert SimpleNamespace and learner
+    return faults._try_some(__file__, "bit flip", 0, 5)
+
+
+def test_the_check_itself_fires():
+    res, died = in_child(_plant_silence)
+    assert died == 0 and res["open_learner: SILENTLY WRONG"] == 5
+
+
+def _crash(*args): os.kill(os.getpid(), 9)
+
+
+def test_a_crash_of_the_child_is_seen(): assert in_child(_crash) == (None, 9)
+
+
+def test_killed_while_writing(tmp_path):
+    res = kills(tmp_path, 6)
+    assert res["whole"] == 6 and res["in the middle of a write"] > 0 and res["left over after the next export"] == [], res
+
+
+def _write_with_limit(path, limit):
+    import signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try: write_artifact(path, {**FACTS, "name": "new"}, b"x" * 10**6)
+    except WriteError as e: return str(e)
+    return "written"
+
+
+def test_full_disk(tmp_path):
+    path = tmp_path / "model.pkl"
+    write_artifact(path, FACTS, b"old")
+    old = path.read_bytes()
+    said, _ = in_child(_write_with_limit, path, 300_000)
+    assert "could not be written" in said and path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pkl"]
+    assert in_child(_write_with_limit, path, 3_000_000)[0] == "written" and inspect_artifact(path)["name"] == "new"
+
+
+def test_small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        write_artifact(disk / "model.pkl", FACTS, b"old")
+        with pytest.raises(WriteError, match="MB free"): write_artifact(disk / "model.pkl", FACTS, b"x" * 3 * 10**6)
+        assert inspect_artifact(disk / "model.pkl")["name"] == "old" and len(list(disk.iterdir())) == 1
+    finally: subprocess.run(["umount", disk], check=True)
+
+
+def _write_as_nobody(path):
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    try: write_artifact(path, {**FACTS, "name": "new"}, b"new")
+    except WriteError as e: return str(e)
+    return "written"
+
+
+def test_read_only_folder(tmp_path):
+    if os.getuid() != 0: pytest.skip("changing the user needs root")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_artifact(folder / "model.pkl", FACTS, b"old")
+    for p in (folder, *folder.parents): p.chmod(p.stat().st_mode | 0o555)
+    said, _ = in_child(_write_as_nobody, folder / "model.pkl")
+    assert "cannot be written to" in said and inspect_artifact(folder / "model.pkl")["name"] == "old"
+
+
+def test_interrupted_write_leaves_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "model.pkl"
+    write_artifact(path, FACTS, b"old")
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt): write_artifact(path, FACTS, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pkl"]
+
+
+def test_mode_and_links_are_kept(tmp_path):
+    real, link = tmp_path / "v1.pkl", tmp_path / "current.pkl"
+    write_artifact(real, FACTS, b"old")
+    real.chmod(0o640)
+    link.symlink_to(real.name)
+    write_artifact(link, {**FACTS, "name": "new"}, b"new")
+    assert link.is_symlink() and inspect_artifact(real)["name"] == "new" and real.stat().st_mode & 0o777 == 0o640
+
+
+READ_ONLY = """
+import sys; sys.path[:0] = [{root!r}]
+import tempfile
+tempfile.tempdir = None
+tempfile._candidate_tempdir_list = lambda: ['/nonexistent']
+from fastai_compile import CompileError, open_learner
+try: open_learner({path!r})
+except CompileError as e: print(type(e).__name__, e)
+else: print('opened')
+"""
+
+
+def test_no_temporary_folder(exported):
+    "A read-only root: ONNX Runtime needs no folder, and inductor names TMPDIR"
+    code = READ_ONLY.format(root=str(TESTS.parent), path=str(exported))
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True).stdout
+    assert "TMPDIR" in out if exported.stem == "inductor" else "opened" in out, out
+
+
+def test_path_like_things(tmp_path):
+    for bad, says in [(tmp_path, "is a folder"), (tmp_path / "a" / "b.pkl", "make it first"), (io.BytesIO(), "not to a BytesIO")]:
+        with pytest.raises(WriteError, match=says): write_artifact(bad, FACTS, b"x")
+    assert list(Path(tmp_path).iterdir()) == []
