@@ -192,7 +192,7 @@ def _pick(learn, items, bs, synthetic=False):
     if made is None: raise ExampleError('this learner has no data, and its blocks are unknown: pass a few raw inputs, '
         "`learn.export(path, compile=True, items=[...])`, as you would pass them to `learn.dls.test_dl`")
     res = _from_loader(learn, _test_dl(learn, made, bs, **kw), bs, 'made-up items', True)
-    if isinstance(made[0], np.ndarray):  # the learner must say itself how large its images are
+    if isinstance(made, list) and isinstance(made[0], np.ndarray):  # the learner must say itself how large its images are
         other, kw = synthetic_items(learn, bs, size=(192, 160))
         got = _from_loader(learn, _test_dl(learn, other, bs, **kw), bs, '', True)
         if got.xb[0].shape != res.xb[0].shape: raise ExampleError("this learner has no data, and its transforms do not fix the size of an image: pass one or two, "

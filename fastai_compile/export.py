@@ -19,7 +19,8 @@ from . import __version__
 from .artifact import check_target, pickle_globals, where_from, write_artifact
 from .backends.base import Table, available_backends, backends, get_backend, host
 from .capture import capture
-from .errors import BackendError, BackendUnavailable, CaptureError, CompileError, ConfigError, HostMismatch, NotTrainable, VerificationError
+from .errors import (BackendError, BackendUnavailable, CaptureError, CompileError, ConfigError, HostMismatch,
+                                   NotTrainable, VerificationError)
 from .example import ExampleError, check_repeatable, example_batch, preserved, _has_rows
 from .model import CompiledModel
 from .package import learner_bytes
@@ -53,7 +54,9 @@ def unwrap(
         cells = [c.cell_contents for c in model._compiled_call_impl.__closure__ or ()]
         name, conf = next((r for c in cells if (r := _dynamo_backend(getattr(c, 'callback', c)))[0]), (None, {}))
     if isinstance(model, CompiledModel):
-        if model.eager is None: raise NotTrainable('this compiled learner was written with `keep_eager=False`: it holds no PyTorch model to compile again')
+        if model.eager is None:
+            raise NotTrainable('this compiled learner was written with `keep_eager=False`: '
+                               'it holds no PyTorch model to compile again')
         model = model.eager
     return model, name, conf
 
@@ -95,10 +98,14 @@ class Stages:
     "Seconds of each stage, and a progress bar where the learner shows bars"
     def __init__(self, names, show):
         self.seconds, self.bar, self.i, self.start = {}, None, 0, time.perf_counter()
-        if show: self.bar = progress_bar(range(names), leave=False); self.bar.update(0)
+        if show:
+            self.bar = progress_bar(range(names), leave=False)
+            self.bar.update(0)
     @contextmanager
     def __call__(self, name, comment=''):
-        if self.bar: self.bar.comment = f'{name} {comment} ({time.perf_counter()-self.start:.0f} s)'; self.bar.update(min(self.i, self.bar.total-1))
+        if self.bar:
+            self.bar.comment = f'{name} {comment} ({time.perf_counter()-self.start:.0f} s)'
+            self.bar.update(min(self.i, self.bar.total-1))
         t = time.perf_counter()
         try: yield
         finally:
@@ -114,16 +121,25 @@ def _batch_facts(learn):
     n = getattr(dl, 'n', None)
     return bs, (n % bs or None) if n and _has_rows(dl) else bs//2+1
 
+def _fits(x, spec):
+    "Whether `x` has the type of a captured input, and its sizes where those are fixed"
+    if x.dtype != spec.dtype or x.ndim != len(spec.shape): return False
+    return all(d in (None, n) for d, n in zip(spec.shape, x.shape))
+
 def _reference_inputs(learn, captured):
     "One synthetic row: the learner's own blocks where they are known, else seeded noise and ones, else noise and zeros"
+    specs = captured.inputs
     try:
         xb = [x[:1].contiguous() for x in example_batch(learn, synthetic=True).xb]
-        if all(x.dtype == s.dtype and x.ndim == len(s.shape) and all(d in (None, n) for d, n in zip(s.shape, x.shape)) for x, s in zip(xb, captured.inputs)): yield xb
+        if all(_fits(x, s) for x, s in zip(xb, specs)): yield xb
     except ExampleError: pass # unknown blocks
-    shapes = [[1, *[d or n for d, n in zip(s.shape[1:], x.shape[1:])]] for s, x in zip(captured.inputs, captured.example.xb)]
+    shapes = [[1, *[d or n for d, n in zip(s.shape[1:], x.shape[1:])]] for s, x in zip(specs, captured.example.xb)]
     for whole in (1, 0):
         g = torch.Generator().manual_seed(0)
-        yield [torch.randn(n, generator=g, dtype=s.dtype) if s.dtype.is_floating_point else torch.full(n, whole, dtype=s.dtype) for s, n in zip(captured.inputs, shapes)]
+        def fill(s, n):
+            if s.dtype.is_floating_point: return torch.randn(n, generator=g, dtype=s.dtype)
+            return torch.full(n, whole, dtype=s.dtype)
+        yield [fill(s, n) for s, n in zip(specs, shapes)]
 
 def _attempt(backend, captured, config, ref, reference, stages):
     "Compile with one backend and check its numbers; what goes wrong is kept in the candidate"
@@ -131,10 +147,12 @@ def _attempt(backend, captured, config, ref, reference, stages):
     try:
         with stages('compile', backend.name), _adapter(backend.name): payload = backend.compile(captured, config)
         with stages('load', backend.name), _adapter(backend.name):
-            c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager, config.threads, captured.guards, reference)
+            c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs,
+                                    captured.eager, config.threads, captured.guards, reference)
             c.model.runner()
         c.seconds = time.perf_counter()-start
-        with stages('gate', backend.name), _adapter(backend.name): c.numbers = check_numbers(c.model, captured, ref, config.tolerance)
+        with stages('gate', backend.name), _adapter(backend.name):
+            c.numbers = check_numbers(c.model, captured, ref, config.tolerance)
     except VerificationError as e: c.failed, c.error = f'refused by the gate: {e}', e
     except ConfigError: raise
     except CompileError as e: c.failed, c.error = f'{type(e).__name__}: {e}', e
@@ -169,7 +187,8 @@ def rank(
     timings, # {batch size: {name: `Timing`}}
     cands,   # Candidates that passed the numbers gate, in order of compile cost
 )->list:     # Names, best first; 'eager' is among them
-    "A later candidate wins only when it is faster beyond the noise and by 5%; a tie goes to the portable one, then to eager"
+    """A later candidate wins only when it is faster beyond the noise and by 5%; a tie goes to the portable one,
+    then to eager"""
     total = {n: _sum(timings, n) for n in ['eager', *[c.name for c in cands]]}
     names = [c.name for c in cands]
     if 'onnxruntime' in names: names.insert(0, names.pop(names.index('onnxruntime')))
@@ -192,33 +211,41 @@ def compile_learner(
     learn,  # Learner; not changed
     config, # `CompileConfig`
 )->Outcome:
-    "Everything up to the file. Raises `CaptureError`, `BackendUnavailable`, `BackendError`, `VerificationError`, `RandomTransformError`"
+    """Everything up to the file. Raises `CaptureError`, `BackendUnavailable`, `BackendError`, `VerificationError`,
+    `RandomTransformError`"""
     eager_model, torch_backend, conf = unwrap(learn.model)
     if torch_backend and config.backends is True:
-        config = replace(config, backends=(torch_backend,), options=config.options or {k: v for k, v in conf.items() if not k.startswith('triton')})
-        if torch_backend not in backends(): raise BackendUnavailable(f'learn.model was compiled by torch.compile(backend={torch_backend!r}), for which there is no '
-            f"file format here. Name one of {', '.join(backends())}: `learn.export(path, compile='onnxruntime')`")
+        options = config.options or {k: v for k, v in conf.items() if not k.startswith('triton')}
+        config = replace(config, backends=(torch_backend,), options=options)
+        if torch_backend not in backends():
+            raise BackendUnavailable(f'learn.model was compiled by torch.compile(backend={torch_backend!r}), for which '
+                f"there is no file format here. Name one of {', '.join(backends())}: "
+                "`learn.export(path, compile='onnxruntime')`")
     table = Table()
     cands = choose_candidates(config, table)
     stages = Stages(6 + 4*len(cands), hasattr(learn, 'progress') and learn.create_mbar)
     try:
-        with preserved(learn), torch.random.fork_rng(devices=[]): return _pipeline(learn, eager_model, config, cands, table, stages)
+        with preserved(learn), torch.random.fork_rng(devices=[]):
+            return _pipeline(learn, eager_model, config, cands, table, stages)
     finally: stages.close()
 
 def _pipeline(learn, eager_model, config, backs, table, stages):
     bs, remainder = _batch_facts(learn)
     max_bs = config.max_bs or max(64, bs)
     with stages('example'):
-        if isinstance(learn.model, CompiledModel) and not any(_has_rows(d) for d in learn.dls.loaders) and config.items is None: example = _own_example(learn, min(bs, max_bs))
+        has_data = config.items is not None or any(_has_rows(d) for d in learn.dls.loaders)
+        if isinstance(learn.model, CompiledModel) and not has_data: example = _own_example(learn, min(bs, max_bs))
         else:
             check_repeatable(learn, config.items)
             example = example_batch(learn, config.items, bs=min(bs, max_bs))
     captures, done, ref, timings, start = {}, [], None, None, time.perf_counter()
     for b in backs:
         if done and config.backends is True and time.perf_counter()-start > config.budget_s:
-            table.append(_row(b.name, f'not tried: budget_s={config.budget_s:g} was spent')); continue
+            table.append(_row(b.name, f'not tried: budget_s={config.budget_s:g} was spent'))
+            continue
         if b.rewrites not in captures:
-            with stages('capture'): captures[b.rewrites] = capture(eager_model, _first(example), max_bs, b.rewrites, config.dynamic_size)
+            with stages('capture'):
+                captures[b.rewrites] = capture(eager_model, _first(example), max_bs, b.rewrites, config.dynamic_size)
         captured = captures[b.rewrites]
         if ref is None:
             with stages('reference'):
@@ -228,21 +255,27 @@ def _pipeline(learn, eager_model, config, backs, table, stages):
     good = [(c, k) for c, k in done if not c.failed]
     if not good:
         if len(done) == 1: raise done[0][0].error
-        raise VerificationError('no candidate passed:\n' + '\n'.join(f'- {c.name}: {c.failed}' for c, _ in done)) from done[0][0].error
+        tried = '\n'.join(f'- {c.name}: {c.failed}' for c, _ in done)
+        raise VerificationError(f'no candidate passed:\n{tried}') from done[0][0].error
     timings = _time(learn, good[0][1], [c for c, _ in good], config, stages)
     order = rank(timings, [c for c, _ in good]) if config.backends is True or len(good) > 1 else [good[0][0].name]
     if config.backends is not True and 'eager' in order and 'eager' not in config.backends: order.remove('eager')
     if order[0] == 'eager' and not any(c.name == 'eager' for c, _ in good):
-        good.append((_attempt(get_backend('eager'), good[0][1], replace(config, options={}), ref, reference, stages), good[0][1]))
-    winner, verdict, captured = _first_that_passes(learn, config, order, dict((c.name, (c, k)) for c, k in good), done, stages)
+        captured = good[0][1]
+        eager = _attempt(get_backend('eager'), captured, replace(config, options={}), ref, reference, stages)
+        good.append((eager, captured))
+    by_name = {c.name: (c, k) for c, k in good}
+    winner, verdict, captured = _first_that_passes(learn, config, order, by_name, done, stages)
     return _outcome(learn, config, winner, captured, verdict, timings, done, table, stages, example)
 
-def _first(example, n=2): return replace(example, xb=tuple(x[:n].contiguous() for x in example.xb), rows=example.rows[:n])
+def _first(example, n=2):
+    return replace(example, xb=tuple(x[:n].contiguous() for x in example.xb), rows=example.rows[:n])
 
 def _own_example(learn, bs):
     "The reference row that a compiled learner carries, as an example"
     from fastai_compile.example import Example
-    if learn.model.reference is None: raise ExampleError('this compiled learner carries no reference input: pass `items=[...]`')
+    if learn.model.reference is None:
+        raise ExampleError('this compiled learner carries no reference input: pass `items=[...]`')
     try: return example_batch(learn, bs=bs)
     except ExampleError: xb = tuple(torch.cat([x]*max(2, bs)) for x in learn.model.reference['xb'])
     return Example(xb, (), (torch.Tensor,)*len(xb), 'the reference row of the compiled file', list(range(max(2, bs))), True)
@@ -262,32 +295,40 @@ def _first_that_passes(learn, config, order, good, done, stages):
     for name in order:
         if name not in good: continue
         c, captured = good[name]
-        if c.failed: error = error or c.error; continue
+        if c.failed:
+            error = error or c.error
+            continue
         if config.verify == 'numbers': return c, None, captured
         limit = 10*max((float(r['allowed']) for r in c.numbers.checks), default=0.)
         try:
             with stages('gate', name):
-                return c, check_answers(learn, captured, c.model, config.max_metric_change, config.verify_rows, limit, config.items), captured
+                verdict = check_answers(learn, captured, c.model, config.max_metric_change, config.verify_rows, limit,
+                                        config.items)
+                return c, verdict, captured
         except VerificationError as e: c.failed, error = f'refused by the gate: {e}', error or e
     raise error
 
 # %% ../nbs/11_export.ipynb #90250b72
 def _headline(winner, timings, config):
-    r = ratio(_sum(timings, 'eager'), _sum(timings, winner.name)) if winner.name in next(iter(timings.values())) and winner.name != 'eager' else None
-    at = ' and '.join(f'batch {b}' for b in config.bs)
-    if r is None: return f'eager: nothing was faster than PyTorch at {at}; the file holds the model as it is'
-    if r.low > 1.02: return f'{winner.name}: {r.median:.2f} times as fast as eager at {at} (rounds from {r.low:.2f} to {r.high:.2f})'
-    if r.high < 1: return f'{winner.name}: slower than eager at {at}, {1/r.median:.2f} times the time (it was asked for by name)'
-    return f'{winner.name}: no faster than eager at {at} beyond the noise ({r.median:.2f}, rounds from {r.low:.2f} to {r.high:.2f})'
+    name, at = winner.name, ' and '.join(f'batch {b}' for b in config.bs)
+    if name not in next(iter(timings.values())) or name == 'eager':
+        return f'eager: nothing was faster than PyTorch at {at}; the file holds the model as it is'
+    r = ratio(_sum(timings, 'eager'), _sum(timings, name))
+    rounds = f'rounds from {r.low:.2f} to {r.high:.2f}'
+    if r.low > 1.02: return f'{name}: {r.median:.2f} times as fast as eager at {at} ({rounds})'
+    if r.high < 1: return f'{name}: slower than eager at {at}, {1/r.median:.2f} times the time (it was asked for by name)'
+    return f'{name}: no faster than eager at {at} beyond the noise ({r.median:.2f}, {rounds})'
 
 def _weights_note(model, keep_eager):
-    own = sum(t.numel()*t.element_size() for t in model._weights())/1e6
-    mine = model.payload.size_mb
-    shared = sum(t.numel()*t.element_size() for t in model.payload.tensors.values())/1e6
-    if not keep_eager: return f'no PyTorch model (keep_eager=False); {model.payload.backend} holds {mine+shared:.1f} MB'
-    if own + mine < 1: return f'weights {own*1000:.0f} kB, {model.payload.backend} {mine*1000:.0f} kB'
-    if mine < 0.25*own or model.payload.module is not None: return f'weights once ({own:.1f} MB, shared by PyTorch and {model.payload.backend})'
-    return f'weights {own:.1f} MB, and {mine:.1f} MB more for {model.payload.backend}, which cannot share all of them (keep_eager=False drops the first)'
+    mb = lambda ts: sum(t.numel()*t.element_size() for t in ts)/1e6
+    own, shared = mb(model._weights()), mb(model.payload.tensors.values())
+    mine, name = model.payload.size_mb, model.payload.backend
+    if not keep_eager: return f'no PyTorch model (keep_eager=False); {name} holds {mine+shared:.1f} MB'
+    if own + mine < 1: return f'weights {own*1000:.0f} kB, {name} {mine*1000:.0f} kB'
+    if mine < 0.25*own or model.payload.module is not None:
+        return f'weights once ({own:.1f} MB, shared by PyTorch and {name})'
+    return (f'weights {own:.1f} MB, and {mine:.1f} MB more for {name}, which cannot share all of them '
+            '(keep_eager=False drops the first)')
 
 def _outcome(learn, config, winner, captured, verdict, timings, done, table, stages, example):
     model = winner.model
@@ -296,34 +337,49 @@ def _outcome(learn, config, winner, captured, verdict, timings, done, table, sta
     rows.append(_row('eager', 'yardstick', ', '.join(f'{t.median_ms:.3g} (bs {b})' for b, t in eager.items())))
     for c, _ in done:
         ms = ', '.join(f'{t[c.name].median_ms:.3g} (bs {b})' for b, t in timings.items() if c.name in t)
-        faster = str(ratio(_sum(timings, 'eager'), _sum(timings, c.name))) if c.name in next(iter(timings.values())) else ''
+        timed = c.name in next(iter(timings.values()))
+        faster = str(ratio(_sum(timings, 'eager'), _sum(timings, c.name))) if timed else ''
         result = c.failed or ('chosen' if c is winner else 'passed')
-        rows.append(_row(c.name, result, ms, faster, f'{c.seconds:.1f}' if c.seconds else '', f'{c.model.payload.size_mb:.1f}' if c.model else ''))
+        compile_s = f'{c.seconds:.1f}' if c.seconds else ''
+        mb = f'{c.model.payload.size_mb:.1f}' if c.model else ''
+        rows.append(_row(c.name, result, ms, faster, compile_s, mb))
     rows.extend(table)
     gate = Table([*winner.numbers.checks, *(verdict.checks if verdict else [])])
     notes = list(verdict.notes if verdict else ['verify="numbers": answers and metrics were not compared'])
-    if captured.rewrites: notes.append('rewritten, proven equal: ' + ', '.join(f'{k} ({v})' for k, v in captured.rewrites.items()))
-    if model.payload.choices: notes.append('choices of the backend: ' + ', '.join(f'{k}={v}' for k, v in model.payload.choices.items() if v not in ({}, None)))
-    left = [type(cb).__name__ for cb in learn.cbs if type(cb).__name__ in ('MixedPrecision', 'NonNativeMixedPrecision', 'ChannelsLast')]
+    if captured.rewrites:
+        notes.append('rewritten, proven equal: ' + ', '.join(f'{k} ({v})' for k, v in captured.rewrites.items()))
+    if model.payload.choices:
+        made = [f'{k}={v}' for k, v in model.payload.choices.items() if v not in ({}, None)]
+        notes.append('choices of the backend: ' + ', '.join(made))
+    training_only = ('MixedPrecision', 'NonNativeMixedPrecision', 'ChannelsLast')
+    left = [type(cb).__name__ for cb in learn.cbs if type(cb).__name__ in training_only]
     if left: notes.append(f'{", ".join(left)} is for training and was left out; the file runs in fp32')
     needs = model.payload.needs
     tied = 'cpu_flags' in needs or 'torch' in needs
-    runs_on = (f"this CPU type only, torch {needs.get('torch')}" if tied else 'portable') + f", Python {host()['python']}" + ''.join(f", {p} {v} or newer" for p, v in needs.get('packages', {}).items())
+    runs_on = f"this CPU type only, torch {needs.get('torch')}" if tied else 'portable'
+    runs_on += f", Python {host()['python']}"
+    runs_on += ''.join(f', {p} {v} or newer' for p, v in needs.get('packages', {}).items())
     if hasattr(model.eager, 'reset'): model.eager.reset()  # a recurrent model remembers its last batch
-    model.restore = dict(learn.model.restore) if isinstance(learn.model, CompiledModel) else {'splitter': learn.splitter, 'opt_func': learn.opt_func}
+    if isinstance(learn.model, CompiledModel): model.restore = dict(learn.model.restore)
+    else: model.restore = {'splitter': learn.splitter, 'opt_func': learn.opt_func}
     if model.reference is not None:
         model.reference['limit'] = 10*max((float(r['allowed']) for r in winner.numbers.checks), default=1e-4)
         if reference_error(model): model.reference = None
-    if model.reference is None: notes.append('no synthetic reference row could be made for these inputs, so opening the file does not check an answer')
+    if model.reference is None:
+        notes.append('no synthetic reference row could be made for these inputs, '
+                     'so opening the file does not check an answer')
     if not config.keep_eager: _drop_eager(model)
     facts = _facts(learn, config, model, winner, verdict, timings, runs_on)
     model.facts = facts
-    report = Report(_headline(winner, timings, config), '', winner.name, rows, gate, dict(stages.seconds), 0., _weights_note(model, config.keep_eager), runs_on,
-                    repr(example), notes, max_diff=winner.numbers.max_diff)
+    report = Report(_headline(winner, timings, config), '', winner.name, rows, gate, dict(stages.seconds), 0.,
+                    _weights_note(model, config.keep_eager), runs_on, repr(example), notes,
+                    max_diff=winner.numbers.max_diff)
     return Outcome(model, facts, report)
 
 def _drop_eager(model):
-    if model.payload.backend == 'eager': raise CompileError('keep_eager=False drops the PyTorch model, but nothing was faster than it: leave `keep_eager` out, or name a backend')
+    if model.payload.backend == 'eager':
+        raise CompileError('keep_eager=False drops the PyTorch model, but nothing was faster than it: '
+                           'leave `keep_eager` out, or name a backend')
     vars(model)['eager'] = None
     model.payload.tensors = {k: t.detach().clone() for k, t in model.payload.tensors.items()}
     model._anchor, model.restore = torch.nn.Parameter(torch.empty(0), requires_grad=False), {}
@@ -332,23 +388,39 @@ def _drop_eager(model):
 def _vocab(dls):
     v = getattr(dls, 'vocab', None)
     if v is None: return None
-    flat = [[str(o) for o in p] for p in v] if len(v) and isinstance(v[0], (list, tuple)) or hasattr(v[0] if len(v) else None, 'o2i') else [str(o) for o in v]
+    first = v[0] if len(v) else None
+    if isinstance(first, (list, tuple)) or hasattr(first, 'o2i'): flat = [[str(o) for o in p] for p in v]
+    else: flat = [str(o) for o in v]
     return flat if sum(map(len, flat)) < 50_000 else f'{len(flat)} entries'
 
+def _spec_facts(s):
+    free = lambda i: 'batch' if i == 0 and s.batched else '*'
+    shape = [free(i) if d is None else d for i, d in enumerate(s.shape)]
+    return {'name': s.name, 'dtype': str(s.dtype)[6:], 'shape': shape}
+
+def _reference_facts(ref):
+    if ref is None: return None
+    return {'input': [list(x.shape) for x in ref['xb']], 'output': [o.flatten()[:8].tolist() for o in ref['out']],
+            'limit': ref.get('limit')}
+
 def _facts(learn, config, model, winner, verdict, timings, runs_on):
-    spec = lambda s: {'name': s.name, 'dtype': str(s.dtype)[6:], 'shape': [('batch' if i == 0 and s.batched else '*') if d is None else d for i, d in enumerate(s.shape)]}
     from importlib.metadata import PackageNotFoundError, version
     def v(p):
         try: return version(p)
         except PackageNotFoundError: return None
-    h, ref = host(), model.reference
-    return {'made_by': f'fastai_compile {__version__}', 'created': datetime.now(timezone.utc).isoformat(timespec='seconds'), 'learner': type(learn).__name__,
-        'backend': winner.name, 'level': model.placement.level, 'target': model.placement.target, 'python': h['python'], 'os': f"{h['system']} {h['machine']}",
-        'needs': model.payload.needs, 'runs_on': runs_on, 'versions': {p: v(p) for p in ('torch', 'fastai', 'fastcore', 'onnxruntime', 'numpy')},
-        'inputs': [spec(s) for s in model.input_specs], 'outputs': [spec(s) for s in model.output_specs], 'batch': [1, model.max_bs], 'vocab': _vocab(learn.dls),
-        'keep_eager': config.keep_eager, 'gate': {'numbers': list(winner.numbers.checks), 'answers': list(verdict.checks) if verdict else None, 'notes': verdict.notes if verdict else []},
+    h = host()
+    gate = {'numbers': list(winner.numbers.checks), 'answers': list(verdict.checks) if verdict else None,
+            'notes': verdict.notes if verdict else []}
+    return {
+        'made_by': f'fastai_compile {__version__}', 'created': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'learner': type(learn).__name__, 'backend': winner.name, 'level': model.placement.level,
+        'target': model.placement.target, 'python': h['python'], 'os': f"{h['system']} {h['machine']}",
+        'needs': model.payload.needs, 'runs_on': runs_on,
+        'versions': {p: v(p) for p in ('torch', 'fastai', 'fastcore', 'onnxruntime', 'numpy')},
+        'inputs': [_spec_facts(s) for s in model.input_specs], 'outputs': [_spec_facts(s) for s in model.output_specs],
+        'batch': [1, model.max_bs], 'vocab': _vocab(learn.dls), 'keep_eager': config.keep_eager, 'gate': gate,
         'timings_ms': {str(b): {n: t.median_ms for n, t in ts.items()} for b, ts in timings.items()},
-        'reference': None if ref is None else {'input': [list(x.shape) for x in ref['xb']], 'output': [o.flatten()[:8].tolist() for o in ref['out']], 'limit': ref.get('limit')}}
+        'reference': _reference_facts(model.reference)}
 
 # %% ../nbs/11_export.ipynb #8efa32ec
 class LearnerBox:
@@ -361,15 +433,19 @@ class LearnerBox:
             learn.model.runner()
             problems = [why] if (why := reference_error(learn.model)) else []
             if not problems: return learn
-            if on_mismatch == 'raise': raise HostMismatch(f"this host gives another answer than the one that made the file: {problems[0]}. "
-                "Open it with `open_learner(path, on_mismatch='eager')`, and report it")
-        if learn.model.eager is None: raise HostMismatch(f"{'; '.join(problems)}. The file was written with keep_eager=False, so neither 'rebuild' nor 'eager' is possible")
+            if on_mismatch == 'raise':
+                raise HostMismatch(f"this host gives another answer than the one that made the file: {problems[0]}. "
+                                   "Open it with `open_learner(path, on_mismatch='eager')`, and report it")
+        if learn.model.eager is None:
+            raise HostMismatch(f"{'; '.join(problems)}. The file was written with keep_eager=False, "
+                               "so neither 'rebuild' nor 'eager' is possible")
         if on_mismatch == 'eager':
             warnings.warn(f"on_mismatch='eager': {'; '.join(problems)}; the PyTorch model runs instead", stacklevel=2)
             return to_eager(learn)
         from fastai_compile.config import make_config
-        warnings.warn(f"on_mismatch='rebuild': {'; '.join(problems)}; {learn.model.payload.backend} compiles again", stacklevel=2)
-        learn.model = compile_learner(learn, make_config(learn.model.payload.backend, max_bs=learn.model.max_bs)).model
+        backend = learn.model.payload.backend
+        warnings.warn(f"on_mismatch='rebuild': {'; '.join(problems)}; {backend} compiles again", stacklevel=2)
+        learn.model = compile_learner(learn, make_config(backend, max_bs=learn.model.max_bs)).model
         return learn
 
 def reference_error(
@@ -380,17 +456,20 @@ def reference_error(
     got = model.structure.flat(model(*model.reference['xb']))
     for i, (g, want) in enumerate(zip(got, model.reference['out'])):
         diff = (g.double()-want.double()).abs().max().item() if want.numel() else 0.
-        limit = model.reference['limit'] + 1e-4*(want.double().abs().max().item() if want.numel() else 0.)
+        scale = want.double().abs().max().item() if want.numel() else 0.
+        limit = model.reference['limit'] + 1e-4*scale
         if not diff <= limit: return f'output {i} of the reference row is off by {diff:.3g}, allowed is {limit:.3g}'
     return ''
 
 def to_eager(
     learn, # Learner, compiled or not
 ):
-    "The learner with its PyTorch model, splitter and optimizer function back: trainable. Raises `NotTrainable` for a file without them"
+    """The learner with its PyTorch model, splitter and optimizer function back: trainable. Raises `NotTrainable` for
+    a file without them"""
     model = learn.model
     if not isinstance(model, CompiledModel): return learn
-    if model.eager is None: raise NotTrainable('this file was written with `keep_eager=False`: the PyTorch model is not in it')
+    if model.eager is None:
+        raise NotTrainable('this file was written with `keep_eager=False`: the PyTorch model is not in it')
     learn.model = model.eager
     for k, v in model.restore.items(): setattr(learn, k, v)
     learn.opt = None
@@ -408,8 +487,10 @@ def write_learner(
     inner = learner_bytes(LearnerBox(learn), learn, model, pickle_module, pickle_protocol)
     needs = pickle_globals(inner)
     origin = where_from(m for m, _ in needs)
-    return write_artifact(path, {**facts, 'definitions': [list(n) for n in needs], 'modules': origin,
-        'not_installed': sorted(f'{m}.{n}' for m, n in needs if origin[m.split('.')[0]] == 'not an installed package')}, inner, pickle_protocol)
+    missing = sorted(f'{m}.{n}' for m, n in needs
+                     if origin[m.split('.')[0]] == 'not an installed package' and not m.startswith('fastai_compile'))
+    facts = {**facts, 'definitions': [list(n) for n in needs], 'modules': origin, 'not_installed': missing}
+    return write_artifact(path, facts, inner, pickle_protocol)
 
 def export_learner(
     learn,  # Learner; not changed
@@ -424,7 +505,8 @@ def export_learner(
     start = time.perf_counter()
     size = write_learner(learn, out.model, out.facts, path, pickle_module, pickle_protocol)
     out.report.stages['pack'] = time.perf_counter()-start
-    out.report.path, out.report.size_mb, out.report.pinned = str(path), size/1e6, _pinned(path, out.report.backend, config, out.model)
+    out.report.path, out.report.size_mb = str(path), size/1e6
+    out.report.pinned = _pinned(path, out.report.backend, config, out.model)
     return out.report
 
 def _pinned(path, backend, config, model):

@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from .artifact import open_artifact
 from .config import make_config
 from .errors import ConfigError
-from .export import compile_learner, export_learner, to_eager as _to_eager, write_learner
+from .export import export_learner, to_eager as _to_eager, write_learner
 from .model import CompiledModel
 
 # %% ../nbs/12_learner.ipynb #e2ba18e1
@@ -30,23 +30,23 @@ def export(self:Learner,
     compile=None, # None: fastai's own export. True, a backend's name or a list of names: one verified compiled file
     **config      # Fields of `CompileConfig`
 ):
-    "Export for inference; with `compile`, as one verified, compiled file that `load_learner` opens. Returns a `Report` then"
+    "Export for inference; with `compile`, one verified, compiled file that `load_learner` opens, and a `Report`"
     if compile is None or compile is False:
-        if config: raise ConfigError(f'{", ".join(config)}: these choices belong to a compiled export: add `compile=True`')
+        if config:
+            raise ConfigError(f'{", ".join(config)}: these choices belong to a compiled export: add `compile=True`')
         if not isinstance(self.model, CompiledModel): return _stock_export(self, fname, pickle_module, pickle_protocol)
         write_learner(self, self.model, self.model.facts, self.path/fname, pickle_module, pickle_protocol)
         return None
     cfg = make_config(compile, **config)
     if rank_distrib(): return None # as in fastai: one process of a distributed run writes
-    if hasattr(fname, 'write'): fname_path = fname
-    else: fname_path = self.path/fname
-    return export_learner(self, fname_path, cfg, pickle_module, pickle_protocol)
+    path = fname if hasattr(fname, 'write') else self.path/fname
+    return export_learner(self, path, cfg, pickle_module, pickle_protocol)
 
 Learner.export.stock = _stock_export
 
 @patch
 def to_eager(self:Learner):
-    "Put PyTorch's model, the splitter and the optimizer function back, and return the learner, trainable. Raises `NotTrainable`"
+    "Put PyTorch's model, splitter and optimizer function back, and return the learner. Raises `NotTrainable`"
     return _to_eager(self)
 
 _stock_lr_find = getattr(Learner.lr_find, 'stock', Learner.lr_find)
@@ -62,9 +62,9 @@ Learner.lr_find.stock = _stock_lr_find
 
 def open_learner(
     path, # A file written by `learn.export(..., compile=...)`
-    on_mismatch=None, # 'raise': an error where the host does not fit; 'rebuild': compile for this host; 'eager': run PyTorch's model
+    on_mismatch=None, # Where the host does not fit: 'raise', 'rebuild' for this host, or 'eager', PyTorch's model
 )->Learner:
-    "Open a compiled learner; what `load_learner` does, with choices. Raises `ArtifactError`, `HostMismatch`, `MissingDefinition`"
+    "`load_learner` for compiled files, with choices. Raises `ArtifactError`, `HostMismatch`, `MissingDefinition`"
     learn = open_artifact(path, on_mismatch)
     learn.dls.cpu()
     return learn

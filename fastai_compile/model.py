@@ -18,7 +18,8 @@ class WeightWatch:
     part, each = 2**16, 2   # Elements of a part; parts that one call adds up
     def __init__(self, tensors):
         self.tensors, self.i = list(tensors), 0
-        flat = [t.detach().contiguous().view(-1).view(torch.uint8 if t.element_size() % 4 else torch.int32) for t in self.tensors if t.numel()]
+        as_int = lambda t: t.view(torch.uint8 if t.element_size() % 4 else torch.int32)
+        flat = [as_int(t.detach().contiguous().view(-1)) for t in self.tensors if t.numel()]
         self.parts = [f[i:i+self.part] for f in flat for i in range(0, len(f), self.part)]
         self.sums, self.versions = [int(p.sum()) for p in self.parts], self._versions()
     def _versions(self): return [(t.data_ptr(), None if t.is_inference() else t._version) for t in self.tensors]
@@ -37,13 +38,15 @@ class _Process:
     inherited = [] # Sessions of the parent: their threads are gone, so they are neither used nor torn down
 
 def _after_fork():
-    # OpenMP's worker threads are gone too, and a parallel region would wait for them for ever: with one thread there is no such region
+    # OpenMP's worker threads are gone too, and a parallel region would wait for them for ever:
+    # with one thread there is no such region
     _Process.lock, _Process.forked = threading.RLock(), True
     if _Process.loaded: torch.set_num_threads(1)
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
-def _shapes(xs): return ', '.join(f'{list(x.shape)} {str(x.dtype)[6:]}' if isinstance(x, torch.Tensor) else type(x).__name__ for x in xs)
+def _dtype(d): return str(d).removeprefix('torch.')
+def _shapes(xs): return ', '.join(f'{list(x.shape)} {_dtype(x.dtype)}' for x in xs)
 
 class CompiledModel(nn.Module):
     "A compiled function in the place of a PyTorch model"
@@ -78,7 +81,8 @@ class CompiledModel(nn.Module):
                 if self._run is None or self._pid != os.getpid():
                     if self._run is not None: _Process.inherited.append(self._run)
                     n = 1 if _Process.forked else cpu_threads(self.threads)
-                    vars(self).update(_run=get_backend(self.payload.backend).load(self.payload, 'cpu', n), _pid=os.getpid())
+                    run = get_backend(self.payload.backend).load(self.payload, 'cpu', n)
+                    vars(self).update(_run=run, _pid=os.getpid())
                     _Process.loaded = True
         return self._run
 
@@ -91,17 +95,22 @@ class CompiledModel(nn.Module):
         with torch.no_grad():
             if n == 0: ts = self._empty(xs)
             elif n <= self.max_bs: ts = self._call(xs, n)
-            else:
-                if loose := [o.name for o in self.output_specs if not o.batched]:
-                    raise InputError(f'a batch of {n} is above max_bs={self.max_bs}, and cannot be cut: output {", ".join(loose)} '
-                                     f'belongs to the batch as a whole. Export again with `max_bs={n}`')
-                parts = [self._call([x[i:i+self.max_bs].contiguous() for x in xs], min(self.max_bs, n-i)) for i in range(0, n, self.max_bs)]
-                ts = [torch.cat(p) for p in zip(*parts)]
+            else: ts = self._in_parts(xs, n)
         return self.structure.build(ts)
+
+    def _in_parts(self, xs, n):
+        "Batches above `max_bs`, cut"
+        if loose := [o.name for o in self.output_specs if not o.batched]:
+            raise InputError(f'a batch of {n} is above max_bs={self.max_bs}, and cannot be cut: output {", ".join(loose)} '
+                             f'belongs to the batch as a whole. Export again with `max_bs={n}`')
+        cut = lambda i: [x[i:i+self.max_bs].contiguous() for x in xs]
+        parts = [self._call(cut(i), min(self.max_bs, n-i)) for i in range(0, n, self.max_bs)]
+        return [torch.cat(p) for p in zip(*parts)]
 
     def _call(self, xs, n):
         ts = self.runner()(xs)
-        if len(ts) != len(self.output_specs): raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self.output_specs)}')
+        if len(ts) != len(self.output_specs):
+            raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self.output_specs)}')
         for t, spec in zip(ts, self.output_specs):
             if t.ndim != len(spec.shape) or (spec.batched and t.shape[0] != n) or t.dtype != spec.dtype:
                 raise InputError(f'{self.payload.backend} returned {list(t.shape)} {t.dtype} where {spec} was expected')
@@ -109,41 +118,54 @@ class CompiledModel(nn.Module):
 
     def _check(self, xs):
         "The inputs as plain contiguous tensors, and the batch. Raises `InputError`"
-        if len(xs) != len(self.input_specs): raise InputError(f'{len(self.input_specs)} inputs are needed ({list(self.input_specs)}), not {len(xs)}')
-        res, n = [], None
-        for i, (x, spec) in enumerate(zip(xs, self.input_specs)):
-            if not isinstance(x, torch.Tensor): raise InputError(f'input {i} is a {type(x).__name__}, not a tensor')
-            if x.dtype != spec.dtype: raise InputError(f'input {i} is {str(x.dtype)[6:]}, needed is {str(spec.dtype)[6:]}: call `.to(torch.{str(spec.dtype)[6:]})` first')
-            if x.device.type != 'cpu': raise InputError(f"input {i} is on {x.device}, the model runs on cpu: move it with `.cpu()`")
-            if x.ndim != len(spec.shape): raise InputError(f'input {i} has {x.ndim} dimensions {list(x.shape)}, needed are {len(spec.shape)}: {spec}')
-            for d, size in enumerate(spec.shape):
-                if size is not None and x.shape[d] != size: raise InputError(f'input {i} has size {x.shape[d]} in dimension {d}, needed is {size}: {spec}')
-            n = x.shape[0] if n is None else n
-            if x.shape[0] != n: raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
-            res.append(x.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous())
+        if len(xs) != len(self.input_specs):
+            raise InputError(f'{len(self.input_specs)} inputs are needed ({list(self.input_specs)}), not {len(xs)}')
+        res = [self._check_one(i, x, spec) for i, (x, spec) in enumerate(zip(xs, self.input_specs))]
+        n = res[0].shape[0]
+        if any(x.shape[0] != n for x in res): raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
         for guard in self.guards:
             if why := guard(res): raise InputError(why)
         return res, n
 
+    def _check_one(self, i, x, spec):
+        if not isinstance(x, torch.Tensor): raise InputError(f'input {i} is a {type(x).__name__}, not a tensor')
+        if x.dtype != spec.dtype:
+            want = _dtype(spec.dtype)
+            raise InputError(f'input {i} is {_dtype(x.dtype)}, needed is {want}: call `.to(torch.{want})` first')
+        if x.device.type != 'cpu':
+            raise InputError(f'input {i} is on {x.device}, the model runs on cpu: move it with `.cpu()`')
+        if x.ndim != len(spec.shape):
+            raise InputError(f'input {i} has {x.ndim} dimensions {list(x.shape)}, needed are {len(spec.shape)}: {spec}')
+        for d, size in enumerate(spec.shape):
+            if size is not None and x.shape[d] != size:
+                raise InputError(f'input {i} has size {x.shape[d]} in dimension {d}, needed is {size}: {spec}')
+        return x.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
+
     def _empty(self, xs):
+        "Outputs of no rows"
         sizes = [x.shape[i] for x, s in zip(xs, self.input_specs) for i, d in enumerate(s.shape) if d is None and i]
-        return [torch.empty([0 if (i == 0 and o.batched) else d if d is not None else (sizes or [0])[0] for i, d in enumerate(o.shape)], dtype=o.dtype) for o in self.output_specs]
+        free = sizes[0] if sizes else 0
+        def shape(o): return [0 if i == 0 and o.batched else free if d is None else d for i, d in enumerate(o.shape)]
+        return [torch.empty(shape(o), dtype=o.dtype) for o in self.output_specs]
 
     # ---- weights
     def _weights(self): return [] if self.eager is None else [*self.eager.parameters(), *self.eager.buffers()]
     def _check_weights(self, everything=False):
         if self._watch.changed(everything):
-            raise NotTrainable('a weight of this compiled model was changed in place, and the compiled code does not see it: '
-                               'call `learn.to_eager()` before changing weights, then export again')
+            raise NotTrainable('a weight of this compiled model was changed in place, and the compiled code does not '
+                               'see it: call `learn.to_eager()` before changing weights, then export again')
 
     def named_parameters(self, *args, **kwargs):
-        return super().named_parameters(*args, **kwargs) if self.eager is None else self.eager.named_parameters(*args, **kwargs)
+        own = super().named_parameters if self.eager is None else self.eager.named_parameters
+        return own(*args, **kwargs)
     def parameters(self, recurse=True): return (p for _, p in self.named_parameters(recurse=recurse))
     def named_buffers(self, *args, **kwargs):
-        return super().named_buffers(*args, **kwargs) if self.eager is None else self.eager.named_buffers(*args, **kwargs)
+        own = super().named_buffers if self.eager is None else self.eager.named_buffers
+        return own(*args, **kwargs)
     def buffers(self, recurse=True): return (b for _, b in self.named_buffers(recurse=recurse))
     def state_dict(self, *args, **kwargs):
-        if self.eager is None: raise NotTrainable('this file was written with `keep_eager=False`: it holds no weights that PyTorch can use')
+        if self.eager is None:
+            raise NotTrainable('this file was written with `keep_eager=False`: it holds no weights that PyTorch can use')
         self._check_weights(everything=True)
         return self.eager.state_dict(*args, **kwargs)
 
@@ -169,7 +191,8 @@ class CompiledModel(nn.Module):
         vars(self).update(state)
         self._reset()
     def __repr__(self):
-        return f'CompiledModel({self.payload.backend}, batch 1 to {self.max_bs}, in: {list(self.input_specs)}, out: {list(self.output_specs)})'
+        io = f'in: {list(self.input_specs)}, out: {list(self.output_specs)}'
+        return f'CompiledModel({self.payload.backend}, batch 1 to {self.max_bs}, {io})'
 
 def _no(what):
     return NotTrainable(f'{what}: a compiled model can neither train nor change its weights, dtype or device. '
@@ -180,5 +203,6 @@ def _refuse(name):
     f.__name__, f.__doc__ = name, f'Raises `NotTrainable`: compiled code cannot {name}'
     return f
 
-for _name in ('half', 'bfloat16', 'double', 'type', 'cuda', 'xpu', 'to_empty', 'requires_grad_', 'load_state_dict', 'zero_grad', 'apply'):
+for _name in ('half', 'bfloat16', 'double', 'type', 'cuda', 'xpu', 'to_empty', 'requires_grad_', 'load_state_dict',
+              'zero_grad', 'apply'):
     setattr(CompiledModel, _name, _refuse(_name))

@@ -15,7 +15,8 @@ from fastai.callback.core import Callback
 from fastcore.foundation import L
 from .backends.base import Table
 from .errors import InputError, VerificationError
-from .example import example_batch, fresh_loader, plain, preserved, split_batch, synthetic_items, _has_rows, _names
+from .example import (example_batch, fresh_loader, plain, preserved, split_batch, synthetic_items, _has_rows,
+                                    _names)
 
 # %% ../nbs/08_verify.ipynb #e0d70df8
 EAGER_FACTOR = 10    # The compiled model may be this many times as far from fp64 as eager is ...
@@ -30,7 +31,9 @@ class Verdict:
     max_diff:float    # Largest absolute difference to eager, over all outputs and rows
     notes:list = field(default_factory=list)
     seconds:float = 0.
-    def __repr__(self): return f"{'passed' if self.passed else 'FAILED'} in {self.seconds:.1f} s\n{self.checks}" + ''.join(f'\n- {n}' for n in self.notes)
+    def __repr__(self):
+        res = f"{'passed' if self.passed else 'FAILED'} in {self.seconds:.1f} s\n{self.checks}"
+        return res + ''.join(f'\n- {n}' for n in self.notes)
 
 def _worst(err, rows, n=3):
     "The rows with the largest error, by name"
@@ -39,7 +42,12 @@ def _worst(err, rows, n=3):
 
 def _row_error(a, b, batched):
     d = (a.double()-b.double()).abs()
-    return d.flatten(1).amax(1) if batched and d.ndim > 1 and d.numel() else d if batched else d.max().reshape(1)
+    if not batched: return d.max().reshape(1)
+    return d.flatten(1).amax(1) if d.ndim > 1 and d.numel() else d
+
+def _max_diff(a, b): return (a.double()-b.double()).abs().max().item() if a.numel() else 0.
+
+def _any_in_row(bad): return bad.flatten(1).any(1) if bad.ndim > 1 else bad
 
 # %% ../nbs/08_verify.ipynb #23e6931c
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ def make_reference(
         except Exception: exact = None
     for o, spec in zip(eager, captured.outputs):
         if o.is_floating_point() and not o.isfinite().all():
-            raise VerificationError(f'the model itself gives NaN or inf in {spec.name} on {example.source}, before it is compiled: nothing can be compared with that')
+            raise VerificationError(f'the model itself gives NaN or inf in {spec.name} on {example.source}, '
+                                    'before it is compiled: nothing can be compared with that')
     sizes = tuple(sorted({1, min(2, n), min(remainder or n, n), n}))
     return Reference(example, eager, exact, sizes)
 
@@ -80,32 +89,46 @@ def check_numbers(
         try: got = captured.structure.flat(model(*[x[:n] for x in ref.example.xb]))
         except InputError as e: raise VerificationError(f'batch {n}: {e}') from e
         for i, (g, spec) in enumerate(zip(got, captured.outputs)):
-            want = ref.eager[i] if spec.batched or n == len(ref.example) else captured.structure.flat(_eager(captured, ref, n))[i]
-            want = want[:n] if spec.batched else want
+            same_rows = spec.batched or n == len(ref.example)
+            want = ref.eager[i] if same_rows else captured.structure.flat(_eager(captured, ref, n))[i]
+            if spec.batched: want = want[:n]
             where = f'output {spec.name}, batch {n}'
-            if g.shape != want.shape or g.dtype != want.dtype: raise VerificationError(f'{where}: {list(g.shape)} {g.dtype} instead of {list(want.shape)} {want.dtype}')
+            if g.shape != want.shape or g.dtype != want.dtype:
+                raise VerificationError(f'{where}: {list(g.shape)} {g.dtype} instead of {list(want.shape)} {want.dtype}')
             rows = ref.example.rows[:n] if spec.batched else ['all']
             if not g.is_floating_point():
-                if not torch.equal(g, want): raise VerificationError(f'{where}: whole numbers differ from eager in rows {_worst(_row_error(g, want, spec.batched), rows)}')
+                if not torch.equal(g, want):
+                    raise VerificationError(f'{where}: whole numbers differ from eager in rows '
+                                            f'{_worst(_row_error(g, want, spec.batched), rows)}')
                 continue
-            if not g.isfinite().all(): raise VerificationError(f'{where}: NaN or inf where eager gives numbers, in {_worst((~g.isfinite()).flatten(1).any(1).double() if g.ndim > 1 else (~g.isfinite()).double(), rows)}')
-            exact = None if ref.exact is None or not (spec.batched or n == len(ref.example)) else ref.exact[i][:n] if spec.batched else ref.exact[i]
-            scale = want.abs().max().item() if want.numel() else 0.
-            eager_err = None if exact is None else (want.double()-exact).abs().max().item() if want.numel() else 0.
-            limit = tolerance or (FP32_TOLERANCE*max(scale, 1e-3) if exact is None else EAGER_FACTOR*eager_err + FLOOR*max(scale, 1e-3))
+            if not g.isfinite().all():
+                raise VerificationError(f'{where}: NaN or inf where eager gives numbers, '
+                                        f'in {_worst(_any_in_row(~g.isfinite()).double(), rows)}')
+            exact = ref.exact[i] if ref.exact is not None and same_rows else None
+            if exact is not None and spec.batched: exact = exact[:n]
+            scale = max(want.abs().max().item() if want.numel() else 0., 1e-3)
+            if exact is None:
+                against, why, limit = 'eager fp32', 'a fixed fp32 tolerance against eager', FP32_TOLERANCE*scale
+            else:
+                eager_err = _max_diff(want, exact)
+                against, why = 'fp64', f'eager itself is off by {eager_err:.3g} from fp64'
+                limit = EAGER_FACTOR*eager_err + FLOOR*scale
+            limit = tolerance or limit
             err = _row_error(g, want if exact is None else exact, spec.batched)
-            max_diff = max(max_diff, (g.double()-want.double()).abs().max().item() if g.numel() else 0.)
+            max_diff = max(max_diff, _max_diff(g, want))
             if (err > limit).any():
-                raise VerificationError(f'{where}: off by {err.max():.3g}, allowed is {limit:.3g} '
-                    f"({'a fixed fp32 tolerance against eager' if exact is None else f'eager itself is off by {eager_err:.3g} from fp64'}); worst: {_worst(err, rows)}")
-            table.append({'check': 'numbers', 'what': where, 'against': 'eager fp32' if exact is None else 'fp64', 'result': f'{err.max():.2g}', 'allowed': f'{limit:.2g}'})
+                raise VerificationError(f'{where}: off by {err.max():.3g}, allowed is {limit:.3g} ({why}); '
+                                        f'worst: {_worst(err, rows)}')
+            table.append({'check': 'numbers', 'what': where, 'against': against, 'result': f'{err.max():.2g}',
+                          'allowed': f'{limit:.2g}'})
     return Verdict(True, table, max_diff, seconds=time.perf_counter()-start)
 
 def _eager(captured, ref, n):
     with torch.no_grad(): return captured.eager(*[x[:n] for x in ref.example.xb])
 
 # %% ../nbs/08_verify.ipynb #5baf66a5
-_SILENT = ('wandb', 'tensorboard', 'comet', 'neptune', 'azureml', 'captum', 'tracker', 'progress', 'schedule', 'fp16', 'channelslast', 'data')
+_SILENT = ('wandb', 'tensorboard', 'comet', 'neptune', 'azureml', 'captum', 'tracker', 'progress', 'schedule', 'fp16',
+           'channelslast', 'data')
 _MATTER = ('before_batch', 'after_pred', 'before_validate')
 
 def _matters(cb):
@@ -164,14 +187,17 @@ def _compare_answers(before, after, rows, decode, limit):
     for a, b, da, db in zip(*[pytree.tree_leaves(t) for t in (p0, p1, d0, d1)]):
         if a.shape != b.shape: raise VerificationError(f'get_preds gives {list(b.shape)} instead of {list(a.shape)}')
         if not b.double().isfinite().all() and a.double().isfinite().all():
-            raise VerificationError(f'get_preds gives NaN or inf: {_worst((~b.isfinite()).double().flatten(1).amax(1) if b.ndim > 1 else (~b.isfinite()).double(), rows)}')
-        diff = (a.double()-b.double()).abs().max().item() if a.numel() else 0.
+            raise VerificationError(f'get_preds gives NaN or inf: {_worst(_any_in_row(~b.isfinite()).double(), rows)}')
+        diff = _max_diff(a, b)
         allowed = max(limit, FP32_TOLERANCE*a.double().abs().max().item()) if a.numel() else 0.
-        if diff > allowed: raise VerificationError(f'get_preds is off by {diff:.3g}, allowed is {allowed:.3g}; worst: {_worst(_row_error(a, b, True), rows)}')
+        if diff > allowed:
+            raise VerificationError(f'get_preds is off by {diff:.3g}, allowed is {allowed:.3g}; '
+                                    f'worst: {_worst(_row_error(a, b, True), rows)}')
         bad = da != db
         if not bad.any(): continue
         if da.is_floating_point() and da.shape == a.shape:  # a regression decodes to its own numbers, and those are in `diff`
-            if _row_error(da, db, True).max() > allowed: raise VerificationError(f'the decoded answers differ; worst: {_worst(_row_error(da, db, True), rows)}')
+            err = _row_error(da, db, True)
+            if err.max() > allowed: raise VerificationError(f'the decoded answers differ; worst: {_worst(err, rows)}')
             continue
         def near_within(d):
             near = _undecided(a, da, d)
@@ -179,11 +205,12 @@ def _compare_answers(before, after, rows, decode, limit):
         near = near_within(diff)
         wrong = bad & ~near
         if wrong.any():
-            w = wrong.double().flatten(1).amax(1) if wrong.ndim > 1 else wrong.double()
-            raise VerificationError(f'{int((w > 0).sum())} of {len(w)} decoded answers differ though eager\'s margin is above the difference of {diff:.3g}; {_worst(w, rows)}')
+            w = _any_in_row(wrong)
+            raise VerificationError(f"{int(w.sum())} of {len(w)} decoded answers differ though eager's margin is above "
+                                    f'the difference of {diff:.3g}; {_worst(w.double(), rows)}')
         # A tolerance of the user's own may let larger differences pass; the metrics are not excused by those
         noise = bad & near_within(min(diff, FP32_TOLERANCE*a.double().abs().max().item()))
-        flipped |= set((noise.flatten(1).any(1) if noise.ndim > 1 else noise).nonzero().flatten().tolist())
+        flipped |= set(_any_in_row(noise).nonzero().flatten().tolist())
     return len(flipped)
 
 def _flips(decode, pred, diff, dec):
@@ -227,7 +254,8 @@ def check_answers(
     with preserved(learn):
         dl, _, rows = _rows_to_check(learn, captured, verify_rows)
         if dl is not None: _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, table, notes)
-        else: notes.append('no validation data: answers were compared on made-up or given items, metrics not at all (not enough data)')
+        else: notes.append('no validation data: answers were compared on made-up or given items, '
+                           'metrics not at all (not enough data)')
         _check_predict(learn, captured, model, items, table, notes, limit)
     return Verdict(True, table, 0., notes, time.perf_counter()-start)
 
@@ -237,22 +265,33 @@ def _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, tabl
     decode = lambda p: getattr(learn.loss_func, 'decodes', lambda x: x)(p)
     try: before, m0, failed = _run(learn, captured.eager, dl, learn.metrics)
     except Exception as e:
-        notes.append(f'get_preds and metrics are not compared: get_preds fails before compilation too ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})')
+        why = str(e).splitlines()[0] if str(e) else ''
+        notes.append('get_preds and metrics are not compared: get_preds fails before compilation too '
+                     f'({type(e).__name__}: {why})')
         n = _check_outputs(learn, captured, model, dl, limit)
-        table.append({'check': 'answers', 'what': f"the model's outputs, {n} validation rows", 'against': 'eager', 'result': 'same', 'allowed': f'{limit:.2g}'})
+        table.append({'check': 'answers', 'what': f"the model's outputs, {n} validation rows", 'against': 'eager',
+                      'result': 'same', 'allowed': f'{limit:.2g}'})
         return
     after, m1, _ = _run(learn, model, dl, learn.metrics)
     n = len(pytree.tree_leaves(before[0])[0])
     flipped = _compare_answers(before, after, rows or list(range(n)), decode, limit)
-    table.append({'check': 'answers', 'what': f'get_preds, {n} validation rows', 'against': 'eager', 'result': f'{flipped} undecided rows differ', 'allowed': 'only undecided'})
+    table.append({'check': 'answers', 'what': f'get_preds, {n} validation rows', 'against': 'eager',
+                  'result': f'{flipped} undecided rows differ', 'allowed': 'only undecided'})
     for name, why in failed.items(): notes.append(f'metric {name} is left out, it raises before compilation too: {why}')
     for name, a in m0.items():
-        if a != a: notes.append(f'metric {name} is left out: it is NaN before compilation'); continue
+        if a != a:
+            notes.append(f'metric {name} is left out: it is NaN before compilation')
+            continue
         b = m1.get(name, float('nan'))
         allowed = max_metric_change + 1e-5*max(1., abs(a)) + flipped/n
-        table.append({'check': 'metric', 'what': name, 'against': f'{a:.6g}', 'result': f'{b:.6g}', 'allowed': f'change of {allowed:.2g}'})
-        if not abs(b-a) <= allowed: raise VerificationError(f'metric {name} went from {a:.6g} to {b:.6g} on {n} rows, allowed is a change of {allowed:.2g}')
-    notes.append(f'{"not enough data for more: " if n < 2000 else ""}a change that touches fewer than {min(1., 3/n):.2%} of answers could have been missed ({n} rows, 95%)')
+        table.append({'check': 'metric', 'what': name, 'against': f'{a:.6g}', 'result': f'{b:.6g}',
+                      'allowed': f'change of {allowed:.2g}'})
+        if not abs(b-a) <= allowed:
+            raise VerificationError(f'metric {name} went from {a:.6g} to {b:.6g} on {n} rows, '
+                                    f'allowed is a change of {allowed:.2g}')
+    few = 'not enough data for more: ' if n < 2000 else ''
+    notes.append(f'{few}a change that touches fewer than {min(1., 3/n):.2%} of answers could have been missed '
+                 f'({n} rows, 95%)')
 
 def _check_outputs(learn, captured, model, dl, limit):
     "The flat outputs of eager and `model` on every batch of `dl`; for models whose answers fastai cannot gather"
@@ -261,8 +300,11 @@ def _check_outputs(learn, captured, model, dl, limit):
         xb = [plain(x) for x in split_batch(learn, b)[0]]
         with torch.no_grad(): pair = [captured.structure.flat(m(*xb)) for m in (captured.eager, model)]
         for want, got, spec in zip(*pair, captured.outputs):
-            err, allowed = _row_error(got, want, spec.batched), max(limit, FP32_TOLERANCE*want.double().abs().max().item())
-            if not (err <= allowed).all(): raise VerificationError(f'output {spec.name} is off by {err.max():.3g}, allowed is {allowed:.3g}; worst: {_worst(err, list(range(n, n+len(err))))}')
+            err = _row_error(got, want, spec.batched)
+            allowed = max(limit, FP32_TOLERANCE*want.double().abs().max().item())
+            if not (err <= allowed).all():
+                raise VerificationError(f'output {spec.name} is off by {err.max():.3g}, allowed is {allowed:.3g}; '
+                                        f'worst: {_worst(err, list(range(n, n+len(err))))}')
         n += len(xb[0])
     return n
 
@@ -270,26 +312,33 @@ def _check_outputs(learn, captured, model, dl, limit):
 def _predict_items(learn, items, n=2):
     "Single items as `learn.predict` takes them, and its keywords"
     ds = getattr(learn.dls.loaders[-1], 'dataset', None)
-    if items is not None: return [items.iloc[i] for i in range(min(n, len(items)))] if hasattr(items, 'iloc') else list(items)[:n], {}
+    if items is not None:
+        if hasattr(items, 'iloc'): return [items.iloc[i] for i in range(min(n, len(items)))], {}
+        return list(items)[:n], {}
     raw = getattr(ds, 'items', None)
     made, kw = synthetic_items(learn, n)
     if made is not None and hasattr(made, 'iloc'): return [made.iloc[i] for i in range(n)], {}
-    if raw is not None and len(raw) and hasattr(ds, 'tls'): return [raw.iloc[i] if hasattr(raw, 'iloc') else raw[i] for i in range(min(n, len(raw)))], {}
+    if raw is not None and len(raw) and hasattr(ds, 'tls'):
+        return [raw.iloc[i] if hasattr(raw, 'iloc') else raw[i] for i in range(min(n, len(raw)))], {}
     return made, kw
 
 def _check_predict(learn, captured, model, items, table, notes, limit):
     its, kw = _predict_items(learn, items)
-    if not its: notes.append('learn.predict is not compared: no single item is at hand'); return
+    if not its: return notes.append('learn.predict is not compared: no single item is at hand')
     try: before = [shadow(learn, captured.eager).predict(o, **kw) for o in its]
-    except Exception as e: notes.append(f'learn.predict is not compared: it fails before compilation too ({type(e).__name__}: {e})'); return
+    except Exception as e:
+        notes.append(f'learn.predict is not compared: it fails before compilation too ({type(e).__name__}: {e})')
+        return
     worst = 0.
     for o, b, name in zip(its, before, range(len(its))):
         a = shadow(learn, model).predict(o, **kw)
-        ts = [[plain(t)[None] for t in pytree.tree_leaves(r[2]) if isinstance(t, torch.Tensor)] for r in (b, a)]
-        ds = [[plain(t)[None] for t in pytree.tree_leaves(r[1]) if isinstance(t, torch.Tensor)] for r in (b, a)]
+        leaves = lambda o: [plain(t)[None] for t in pytree.tree_leaves(o) if isinstance(t, torch.Tensor)]
+        ts, ds = [leaves(r[2]) for r in (b, a)], [leaves(r[1]) for r in (b, a)]
         for x, y in zip(*ts): worst = max(worst, (x.double()-y.double()).abs().max().item())
         flipped = _compare_answers((ts[0], ds[0]), (ts[1], ds[1]), [f'predict item {name}'], lambda p: p, limit)
         decided = all(not d.is_floating_point() for d in ds[0])  # a regression's decoded numbers were compared as tensors
         if decided and not flipped and not hasattr(b[0], 'iloc') and str(b[0]) != str(a[0]):
-            raise VerificationError(f'learn.predict decodes item {name} to {str(a[0])[:200]!r}, before it was {str(b[0])[:200]!r}')
-    table.append({'check': 'answers', 'what': f'predict, {len(its)} items', 'against': 'eager', 'result': f'same, numbers within {worst:.2g}', 'allowed': 'as above'})
+            raise VerificationError(f'learn.predict decodes item {name} to {str(a[0])[:200]!r}, '
+                                    f'before it was {str(b[0])[:200]!r}')
+    table.append({'check': 'answers', 'what': f'predict, {len(its)} items', 'against': 'eager',
+                  'result': f'same, numbers within {worst:.2g}', 'allowed': 'as above'})
