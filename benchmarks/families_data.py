@@ -131,18 +131,19 @@ def logits_loss(pred, y): return nn.functional.cross_entropy(pred["logits"], y)
 
 
 # ---- learners
-def _vision_dls(path, *blocks, get_y, **kwargs):
-    df = images(path)
+def _vision_dls(path, *blocks, get_y, size=SIZE):
     block = DataBlock(blocks=(ImageBlock, *blocks), get_x=ColReader("file"), get_y=get_y, splitter=ColSplitter(),
-                      item_tfms=Resize(SIZE), **kwargs)
-    return block.dataloaders(df, bs=BS, num_workers=0, device=torch.device("cpu"))
+                      item_tfms=Resize(size))
+    return block.dataloaders(images(path), bs=BS, num_workers=0, device=torch.device("cpu"))
 
 
-def _classify(arch, **kwargs):
-    def make(path):
-        dls = _vision_dls(path / "images", CategoryBlock, get_y=ColReader("color"))
-        return vision_learner(dls, arch, pretrained=False, metrics=accuracy, path=path, **kwargs)
-    return make
+def classifier(arch, path, size=SIZE):
+    "An image classifier around `arch`"
+    dls = _vision_dls(path / "images", CategoryBlock, get_y=ColReader("color"), size=size)
+    return vision_learner(dls, arch, pretrained=False, metrics=accuracy, path=path)
+
+
+def _classify(arch): return lambda path: classifier(arch, path)
 
 
 def _vit(path):
@@ -178,11 +179,11 @@ def _unet(path):
     return unet_learner(dls, resnet18, pretrained=False, n_out=2, path=path)
 
 
-def _tabular(target, **kwargs):
+def _tabular(target, layers=(32, 16), **kwargs):
     def make(path):
         dls = TabularDataLoaders.from_df(table(), path, [Categorify, FillMissing, Normalize], ["kind", "place"],
                                          ["size", "age"], target, valid_idx=list(range(N_TRAIN, N_ROWS)), bs=BS)
-        return tabular_learner(dls, layers=[32, 16], path=path, **kwargs)
+        return tabular_learner(dls, layers=list(layers), path=path, **kwargs)
     return make
 
 
@@ -288,13 +289,14 @@ def lacks(name: str) -> str:
     return needs if needs and importlib.util.find_spec(needs) is None else ""
 
 
-def build(name: str, path) -> Learner:
+def build(name: str, path, train: bool = True) -> Learner:
     "The learner of the family `name` with its data, trained for one short epoch; files are written below `path`"
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     set_seed(42, reproducible=True)
     learn = FAMILIES[name].make(path)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    if train:
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     return learn
 
 

@@ -7,7 +7,8 @@ __all__ = ['MAGIC', 'FORMAT', 'make_blob', 'read_blob', 'open_blob', 'pickle_glo
            'check_target', 'write_artifact', 'Manifest', 'inspect_artifact', 'open_artifact']
 
 # %% ../nbs/06_artifact.ipynb #ddaa71d7
-import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickle, pickletools, re, shutil, stat, struct, sys, tempfile, zipfile
+import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickle, pickletools
+import re, shutil, stat, struct, sys, tempfile, zipfile
 from pathlib import Path
 import torch
 from .backends.base import host, unmet
@@ -33,13 +34,16 @@ def read_blob(
     "Check the hash and take the blob apart. Raises `ArtifactError`"
     view = memoryview(blob)
     if len(view) < _HEAD or bytes(view[:len(MAGIC)]) != MAGIC:
-        raise ArtifactError(f'{where} is no compiled learner (a stock export? open it with `load_learner`, then `learn.export(path, compile=True)`)')
+        raise ArtifactError(f'{where} is no compiled learner (a stock export? open it with `load_learner`, '
+                            'then `learn.export(path, compile=True)`)')
     body = view[len(MAGIC)+32:]
     if hashlib.sha256(body).digest() != bytes(view[len(MAGIC):len(MAGIC)+32]):
         raise ArtifactError(f'{where} is damaged: its SHA-256 does not match. Copy it again from where it was made')
     n = struct.unpack('<Q', body[:8])[0]
     manifest = json.loads(bytes(body[8:8+n]))
-    if manifest['format'] > FORMAT: raise ArtifactError(f'{where} has format {manifest["format"]}, this version reads up to {FORMAT}: `pip install -U fastai_compile`')
+    if manifest['format'] > FORMAT:
+        raise ArtifactError(f'{where} has format {manifest["format"]}, this version reads up to {FORMAT}: '
+                            '`pip install -U fastai_compile`')
     return manifest, body[8+n:]
 
 # %% ../nbs/06_artifact.ipynb #15956b5c
@@ -59,31 +63,42 @@ def _check_definitions(definitions):
             else: obj = importlib.import_module(module)
             for part in name.split('.'): obj = getattr(obj, part)
         except (ImportError, AttributeError) as e:
-            how = f'define `{name}` in your script before loading, or move it to a module and export again' if module == '__main__' else \
-                  f'make sure that `from {module} import {name.split(".")[0]}` works here: put the file of module {module!r} on PYTHONPATH, or install its package'
-            raise MissingDefinition(f'the file needs {name!r} from module {module!r}, which is not there ({e}): {how}') from e
+            if module == '__main__':
+                how = f'define `{name}` in your script before loading, or move it to a module and export again'
+            else:
+                how = (f'make sure that `from {module} import {name.split(".")[0]}` works here: '
+                       f'put the file of module {module!r} on PYTHONPATH, or install its package')
+            raise MissingDefinition(f'the file needs {name!r} from module {module!r}, which is not there ({e}): '
+                                    f'{how}') from e
 
 def open_blob(
     blob,   # Bytes of the blob
     where='this file', # For messages
-    on_mismatch=None, # 'raise', 'rebuild' or 'eager'; None: the environment variable `FASTAI_COMPILE_ON_MISMATCH`, else 'raise'
+    # 'raise', 'rebuild' or 'eager'; None: the environment variable `FASTAI_COMPILE_ON_MISMATCH`, else 'raise'
+    on_mismatch=None,
 ):
-    "Check hash, Python, host and definitions, then unpickle what is inside. Raises `ArtifactError`, `HostMismatch`, `MissingDefinition`"
+    """Check hash, Python, host and definitions, then unpickle what is inside. Raises `ArtifactError`, `HostMismatch`,
+    `MissingDefinition`"""
     on_mismatch = _on_mismatch(on_mismatch)
     manifest, inner = read_blob(blob, where)
     here = host()
     if manifest['python'] != here['python']:
-        raise HostMismatch(f'{where} was made with Python {manifest["python"]}, here is {here["python"]}: a pickled Learner does not cross Python versions. '
+        raise HostMismatch(f'{where} was made with Python {manifest["python"]}, here is {here["python"]}: '
+                           'a pickled Learner does not cross Python versions. '
                            f'Run it with Python {manifest["python"]}, or export it again here')
     problems = unmet(manifest['needs'], here)
     if problems and on_mismatch == 'raise':
-        raise HostMismatch(f"{where} cannot run here: {'; '.join(problems)}. Open it with `open_learner(path, on_mismatch='rebuild')` to compile it for this host, "
+        raise HostMismatch(f"{where} cannot run here: {'; '.join(problems)}. "
+                           "Open it with `open_learner(path, on_mismatch='rebuild')` to compile it for this host, "
                            f"or 'eager' to run the PyTorch model; for stock `load_learner` set {_VAR}")
     _check_definitions(manifest['definitions'])
     try: obj = torch.load(io.BytesIO(inner), map_location='cpu', weights_only=False)
     except CompileError: raise
-    except (ImportError, AttributeError) as e: raise MissingDefinition(f'{where} needs something that is not importable here: {e}') from e
-    except Exception as e: raise ArtifactError(f'{where} cannot be unpickled with torch {torch.__version__}; it was made with {manifest.get("versions")}: {type(e).__name__}: {e}') from e
+    except (ImportError, AttributeError) as e:
+        raise MissingDefinition(f'{where} needs something that is not importable here: {e}') from e
+    except Exception as e:
+        raise ArtifactError(f'{where} cannot be unpickled with torch {torch.__version__}; '
+                            f'it was made with {manifest.get("versions")}: {type(e).__name__}: {e}') from e
     return obj.open(on_mismatch, problems)
 
 def _open(blob):
@@ -101,7 +116,8 @@ def pickle_globals(
     inner, # Bytes of a file written by `torch.save`
 )->list:   # (module, name), sorted
     "Every function and class that the pickle inside takes by name; nothing is executed"
-    with zipfile.ZipFile(io.BytesIO(inner)) as z: data = z.read(next(n for n in z.namelist() if n.endswith('/data.pkl')))
+    with zipfile.ZipFile(io.BytesIO(inner)) as z:
+        data = z.read(next(n for n in z.namelist() if n.endswith('/data.pkl')))
     found, strings, memo, last = set(), [], {}, None
     for op, arg, _ in pickletools.genops(data):
         if op.name == 'GLOBAL': found.add(tuple(arg.split(' ', 1)))
@@ -124,7 +140,10 @@ def where_from(
     "Where each module comes from"
     dists = importlib.metadata.packages_distributions()
     tops = sorted({m.split('.')[0] for m in modules})
-    return {t: 'Python' if t in sys.stdlib_module_names else (dists.get(t) or ['not an installed package'])[0] for t in tops}
+    def origin(top):
+        if top in sys.stdlib_module_names: return 'Python'
+        return (dists.get(top) or ['not an installed package'])[0]
+    return {t: origin(t) for t in tops}
 
 # %% ../nbs/06_artifact.ipynb #51780f8f
 _TMP = '.fastai_compile-tmp'
@@ -149,11 +168,14 @@ def check_target(
 )->Path:  # The path that will really be written: links are followed
     "Raise `WriteError` early for a path that cannot be written"
     try: path = Path(path)
-    except TypeError: raise WriteError(f'export with `compile` writes to a path, not to a {type(path).__name__}') from None
+    except TypeError:
+        raise WriteError(f'export with `compile` writes to a path, not to a {type(path).__name__}') from None
     path = Path(os.path.realpath(path))
     if path.is_dir(): raise WriteError(f'{path} is a folder: give the name of a file in it')
-    if not path.parent.is_dir(): raise WriteError(f'there is no folder {path.parent}: make it first, `Path({str(path.parent)!r}).mkdir(parents=True)`')
-    if not os.access(path.parent, os.W_OK): raise WriteError(f'{path.parent} cannot be written to: choose another folder')
+    folder = path.parent
+    if not folder.is_dir():
+        raise WriteError(f'there is no folder {folder}: make it first, `Path({str(folder)!r}).mkdir(parents=True)`')
+    if not os.access(folder, os.W_OK): raise WriteError(f'{folder} cannot be written to: choose another folder')
     return path
 
 def write_artifact(
@@ -167,7 +189,8 @@ def write_artifact(
     _sweep(path)
     blob = make_blob(manifest, inner)
     free = shutil.disk_usage(path.parent).free
-    if free < len(blob) + 2**16: raise WriteError(f'{path.parent} has {free/1e6:.1f} MB free, {len(blob)/1e6:.1f} MB are needed')
+    if free < len(blob) + 2**16:
+        raise WriteError(f'{path.parent} has {free/1e6:.1f} MB free, {len(blob)/1e6:.1f} MB are needed')
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     tmp = None
     try:
@@ -182,7 +205,8 @@ def write_artifact(
         size = tmp.stat().st_size
         os.replace(tmp, path)
         tmp = None
-    except (OSError, RuntimeError) as e: raise WriteError(f'{path} could not be written ({e}); what was there is as it was') from e
+    except (OSError, RuntimeError) as e:
+        raise WriteError(f'{path} could not be written ({e}); what was there is as it was') from e
     finally:
         if tmp is not None:
             with contextlib.suppress(OSError): tmp.unlink()
@@ -201,18 +225,21 @@ def _blob_of(path):
     try:
         with zipfile.ZipFile(path) as z:
             infos = [i for i in z.infolist() if re.fullmatch(r'[^/]+/data/0', i.filename)]
-            if len(infos) != 1 or infos[0].compress_type != zipfile.ZIP_STORED or infos[0].file_size > os.path.getsize(path):
-                raise ArtifactError(f'{path} is no compiled learner')
+            if (len(infos) != 1 or infos[0].compress_type != zipfile.ZIP_STORED
+                or infos[0].file_size > os.path.getsize(path)): raise ArtifactError(f'{path} is no compiled learner')
             return z.read(infos[0])
     except ArtifactError: raise
     except FileNotFoundError: raise ArtifactError(f'there is no file {path}') from None
     except IsADirectoryError: raise ArtifactError(f'{path} is a folder') from None
-    except Exception as e: raise ArtifactError(f'{path} is damaged or no compiled learner ({type(e).__name__}: {e})') from e
+    except Exception as e:
+        raise ArtifactError(f'{path} is damaged or no compiled learner ({type(e).__name__}: {e})') from e
 
 class Manifest(dict):
     "What a compiled file says about itself; shows itself as lines"
     def __repr__(self):
-        short = lambda v: (t if len(t := json.dumps(v, ensure_ascii=False)) < 160 else t[:150] + f' ... ({len(t)} characters)')
+        def short(v):
+            t = json.dumps(v, ensure_ascii=False)
+            return t if len(t) < 160 else f'{t[:150]} ... ({len(t)} characters)'
         return '\n'.join(f'{k:14} {v if isinstance(v, str) else short(v)}' for k, v in self.items())
 
 def inspect_artifact(

@@ -30,7 +30,8 @@ class Structure:
         "The distinct tensors of a model's output"
         res, n = {}, 0
         for leaf, (i, _) in zip(pytree.tree_leaves(out), self.leaves):
-            if i is not None and i not in res: res[i] = leaf.as_subclass(torch.Tensor) if isinstance(leaf, TensorBase) else leaf
+            if i is None or i in res: continue
+            res[i] = leaf.as_subclass(torch.Tensor) if isinstance(leaf, TensorBase) else leaf
         return tuple(res[i] for i in sorted(res))
 
     def build(self, ts):
@@ -47,8 +48,10 @@ def structure_of(
     for o in leaves:
         if isinstance(o, torch.Tensor): res.append((seen.setdefault(id(o), len(seen)), type(o)))
         elif o is None or isinstance(o, (bool, int, float, str)): res.append((None, o))
-        else: raise CaptureError(f'the model returns a {type(o).__module__}.{type(o).__name__}, which is neither a tensor nor a plain value. '
-            'Let it return tensors, tuples or dicts of tensors (for a transformer: `use_cache=False` in its config)')
+        else:
+            raise CaptureError(f'the model returns a {type(o).__module__}.{type(o).__name__}, which is neither '
+                               'a tensor nor a plain value. Let it return tensors, tuples or dicts of tensors '
+                               '(for a transformer: `use_cache=False` in its config)')
     if not seen: raise CaptureError('the model returns no tensor')
     return Structure(spec, tuple(res))
 
@@ -68,7 +71,9 @@ class TensorSpec:
     shape:tuple      # None where the size varies
     batched:bool     # The first dimension is the batch
 
-    def __repr__(self): return f'{self.name}{[("batch" if i == 0 and self.batched else "*") if d is None else d for i, d in enumerate(self.shape)]} {str(self.dtype)[6:]}'
+    def __repr__(self):
+        free = lambda i: 'batch' if i == 0 and self.batched else '*'
+        return f'{self.name}{[free(i) if d is None else d for i, d in enumerate(self.shape)]} {str(self.dtype)[6:]}'
 
 @dataclass(frozen=True)
 class Captured:
@@ -87,13 +92,16 @@ class Captured:
 
     def __repr__(self):
         n = sum(node.op == 'call_function' for node in self.program.graph.nodes)
-        return f'{n} operators in one graph, batch 1 to {self.max_bs}, {self.seconds:.1f} s; in: {list(self.inputs)}; out: {list(self.outputs)}'
+        return (f'{n} operators in one graph, batch 1 to {self.max_bs}, {self.seconds:.1f} s; '
+                f'in: {list(self.inputs)}; out: {list(self.outputs)}')
 
 # %% ../nbs/04_capture.ipynb #629074fd
 @contextmanager
 def quiet():
     "Without the warnings and log lines of compilers about themselves"
-    loggers = [logging.getLogger(n) for n in ('torch.onnx', 'onnxscript', 'onnx_ir', 'torch._inductor', 'torch._export', 'torch.export', 'torch._dynamo', 'torch.fx', 'torch.utils.cpp_extension')]
+    names = ('torch.onnx', 'onnxscript', 'onnx_ir', 'torch._inductor', 'torch._export', 'torch.export', 'torch._dynamo',
+             'torch.fx', 'torch.utils.cpp_extension')
+    loggers = [logging.getLogger(n) for n in names]
     levels = [l.level for l in loggers]
     try:
         for l in loggers: l.setLevel(logging.CRITICAL)
@@ -108,7 +116,8 @@ def _reason(e, lines=12):
     noise = ('TORCH', 'For more', 'For C++', 'For extended', 'docs.google')
     text = [l.split('  (Size-like')[0] for l in str(e).splitlines() if l.strip() and not any(w in l for w in noise)]
     keep = text[:lines]
-    if (at := next((i for i, l in enumerate(text) if 'from user code' in l.lower()), None)) is not None and at >= lines: keep += text[at:at+6]
+    at = next((i for i, l in enumerate(text) if 'from user code' in l.lower()), None)
+    if at is not None and at >= lines: keep += text[at:at+6]
     return f'{type(e).__name__}: ' + '\n  '.join(keep)
 
 def _dims(example, extra, max_bs, dynamic_size):
@@ -124,12 +133,17 @@ def _dims(example, extra, max_bs, dynamic_size):
 
 # %% ../nbs/04_capture.ipynb #d2a0cd31
 def _check_model(model):
-    halves = sorted({str(p.dtype)[6:] for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32})
-    if halves: raise CaptureError(f'the weights are {", ".join(halves)}: this version compiles fp32. Call `learn.model.float()` first')
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    halves = sorted(str(d)[6:] for d in dtypes)
+    if halves:
+        raise CaptureError(f'the weights are {", ".join(halves)}: this version compiles fp32. '
+                           'Call `learn.model.float()` first')
     for n, m in model.named_modules():
-        if isinstance(m, AWD_LSTM): raise CaptureError(f'layer {n or "model"} (AWD_LSTM) keeps its hidden state from one call to the next, and no '
-            'single graph can. A text classifier built by `text_classifier_learner` has an equal form without that state; a language model '
-            'has not: export it with `compile=None`, or wrap its encoder in a classifier')
+        if isinstance(m, AWD_LSTM):
+            raise CaptureError(f'layer {n or "model"} (AWD_LSTM) keeps its hidden state from one call to the next, '
+                'and no single graph can. A text classifier built by `text_classifier_learner` has an equal form '
+                'without that state; a language model has not: export it with `compile=None`, or wrap its encoder '
+                'in a classifier')
 
 def _spec(name, t, batched):
     return TensorSpec(name, t.dtype, tuple(int(d) if isinstance(d, int) else None for d in t.shape), batched)
@@ -141,17 +155,23 @@ def _io_specs(program, xs):
     outs = [nodes[n].meta['val'] for n in program.graph_signature.user_outputs]
     batch = str(vals[0].shape[0])
     same = lambda t: len(t.shape) > 0 and str(t.shape[0]) == batch
-    return (tuple(_spec(f'x{i}', v, same(v)) for i, v in enumerate(vals)), tuple(_spec(f'y{i}', v, same(v)) for i, v in enumerate(outs)))
+    specs = lambda c, ts: tuple(_spec(f'{c}{i}', t, same(t)) for i, t in enumerate(ts))
+    return specs('x', vals), specs('y', outs)
 
 def _same(a, b):
-    return len(a) == len(b) and all(x.shape == y.shape and (torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-4, equal_nan=True)) for x, y in zip(a, b))
+    close = lambda x, y: torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
+    return len(a) == len(b) and all(x.shape == y.shape and close(x, y) for x, y in zip(a, b))
 
 def _check_sizes(module, program, xs):
     "Height and width vary only where eager and graph agree at another size"
     other = tuple(nn.functional.pad(x, (0, 32, 0, 64)) if x.ndim == 4 else x for x in xs)
     try: same = _same(module(*other), program.module()(*other))
-    except Exception as e: raise CaptureError(f'height and width cannot vary in this model: leave `dynamic_size` out. {_reason(e, 3)}') from e
-    if not same: raise CaptureError('height and width cannot vary in this model: the graph gives other answers than eager at another size')
+    except Exception as e:
+        raise CaptureError('height and width cannot vary in this model: leave `dynamic_size` out. '
+                           f'{_reason(e, 3)}') from e
+    if not same:
+        raise CaptureError('height and width cannot vary in this model: '
+                           'the graph gives other answers than eager at another size')
 
 def capture(
     model,    # The learner's model; it is copied, and not touched
@@ -169,19 +189,25 @@ def capture(
         try: out = eager(*example.xb)
         except Exception as e: raise CaptureError(f'the model itself fails on {example}: {_reason(e)}') from e
         structure, own = structure_of(form(*example.xb)) if used else structure_of(out), structure_of(out)
-        if structure.spec != own.spec: raise CaptureError(f'a rewrite ({", ".join(used)}) changes what this model returns: please report it')
+        if structure.spec != own.spec:
+            raise CaptureError(f'a rewrite ({", ".join(used)}) changes what this model returns: please report it')
         structure = Structure(own.spec, tuple((i, c) for (i, _), (_, c) in zip(structure.leaves, own.leaves)))
         module = Flat(form, structure).eval()
         if used and not _same(structure.flat(out), module(*example.xb)):
-            raise CaptureError(f'a rewrite ({", ".join(used)}) changes the answers of this model, so it cannot be used: please report it')
+            raise CaptureError(f'a rewrite ({", ".join(used)}) changes the answers of this model, '
+                               'so it cannot be used: please report it')
         try:
             with quiet(): program = torch.export.export(module, example.xb, strict=False,
                 dynamic_shapes=(_dims(example, extra, max(2, max_bs), dynamic_size),))
         except Exception as e:
             hint = ' Height and width cannot vary in this model: leave `dynamic_size` out.' if dynamic_size else ''
-            raise CaptureError(f'the model did not become one graph with a batch from 1 to {max_bs}.{hint} {_reason(e)}') from e
+            raise CaptureError(f'the model did not become one graph with a batch from 1 to {max_bs}.'
+                               f'{hint} {_reason(e)}') from e
         if dynamic_size: _check_sizes(module, program, example.xb)
     inputs, outputs = _io_specs(program, example.xb)
     fixed = [s.name for s in inputs if not s.batched]
-    if fixed: raise CaptureError(f'the model fixes the batch of {", ".join(fixed)}: no file for other batches can be made of it')
-    return Captured(program, module, eager, structure, inputs, outputs, example, max(2, max_bs), used, guards, time.perf_counter()-start)
+    if fixed:
+        raise CaptureError(f'the model fixes the batch of {", ".join(fixed)}: '
+                           'no file for other batches can be made of it')
+    return Captured(program, module, eager, structure, inputs, outputs, example, max(2, max_bs), used, guards,
+                    time.perf_counter()-start)

@@ -15,17 +15,17 @@ from .errors import ConfigError
 @dataclass(frozen=True)
 class CompileConfig:
     "Everything that can be chosen for one export; `make_config` builds and checks it"
-    backends:Any = True           # `True`: all that can run here; a name; or a list of names, each of which must be usable
+    backends:Any = True # `True`: all that can run here; a name; or a list of names, each of which must be usable
     device:str = 'cpu'            # Where the file will run; the backends of this version compile for 'cpu'
     items:Any = None              # Items as `learn.dls.test_dl` takes them, for a learner without data
-    max_bs:int|None = None        # Largest batch of one call into the graph; larger ones are split. None: max(64, dls.bs)
+    max_bs:int|None = None # Largest batch of one call into the graph; larger ones are split. None: max(64, dls.bs)
     bs:tuple = (1,)               # Batch sizes at which candidates are timed; the sum of their medians decides
     dynamic_size:bool = False     # Let height and width of 4-d inputs vary too
     verify:str = 'full'           # 'full': numbers, decoded answers and metrics; 'numbers': the first alone
     tolerance:float|None = None   # Largest absolute difference to fp64. None: from eager's own error
     max_metric_change:float = 0.  # How far each of the learner's metrics may move, in either direction
     verify_rows:int = 2000        # At most so many validation rows for answers and metrics
-    threads:int|None = None       # CPU threads of the compiled model. None: torch's, capped by affinity and cgroup quota
+    threads:int|None = None # CPU threads of the compiled model. None: torch's, capped by affinity and cgroup quota
     budget_s:float = 300          # With `True`: start no further candidate after so many seconds
     keep_eager:bool = True        # Keep the PyTorch model in the file, for `to_eager`, 'rebuild' and 'eager'
     options:dict = field(default_factory=dict)  # Passed to the backend; `{'inductor': {...}}` where several are tried
@@ -42,13 +42,15 @@ def nearest(
 # %% ../nbs/01_config.ipynb #a050cd57
 def _check(cfg):
     def no(name, what): raise ConfigError(f'{name}={getattr(cfg, name)!r}: {what}')
+    def whole(v): return isinstance(v, int) and not isinstance(v, bool) and v >= 1
     if cfg.device != 'cpu': no('device', "the backends of this version compile for 'cpu'")
     if cfg.verify not in ('full', 'numbers'):
-        no('verify', f"choose 'full' or 'numbers'; nothing unverified is written.{nearest(cfg.verify, ('full', 'numbers'))}")
+        near = nearest(cfg.verify, ('full', 'numbers'))
+        no('verify', f"choose 'full' or 'numbers'; nothing unverified is written.{near}")
     for name in ('max_bs', 'threads', 'verify_rows'):
         v = getattr(cfg, name)
-        if v is not None and (isinstance(v, bool) or not isinstance(v, int) or v < 1): no(name, 'must be a whole number, 1 or more')
-    if not cfg.bs or any(isinstance(b, bool) or not isinstance(b, int) or b < 1 for b in cfg.bs): no('bs', 'needs whole numbers, 1 or more')
+        if v is not None and not whole(v): no(name, 'must be a whole number, 1 or more')
+    if not cfg.bs or not all(whole(b) for b in cfg.bs): no('bs', 'needs whole numbers, 1 or more')
     if cfg.tolerance is not None and not cfg.tolerance > 0: no('tolerance', 'must be above 0')
     if not cfg.max_metric_change >= 0: no('max_metric_change', 'must be 0 or more')
     if not cfg.budget_s >= 0: no('budget_s', 'must be 0 or more seconds')
@@ -63,7 +65,8 @@ def make_config(
     "A checked `CompileConfig`. Raises `ConfigError` for an unknown field or a value out of range"
     known = [f.name for f in fields(CompileConfig)]
     for k in kwargs:
-        if k not in known: raise ConfigError(f'export has no choice {k!r}.{nearest(k, known)} The choices: {", ".join(known)}.')
+        if k not in known:
+            raise ConfigError(f'export has no choice {k!r}.{nearest(k, known)} The choices: {", ".join(known)}.')
     if isinstance(compile, CompileConfig): kwargs = {**vars(compile), **kwargs}
     else: kwargs.setdefault('backends', compile)
     b = kwargs['backends']

@@ -23,14 +23,17 @@ _PIPELINES = ('after_item', 'before_batch', 'after_batch')
 def preserved(
     learn, # Learner whose loaders and transforms are looked at
 ):
-    "Put the random state of Python, numpy, torch and CUDA, and the state of `learn`'s loaders and their transforms, back at the end"
+    """Put the random state of Python, numpy, torch and CUDA, and the state of `learn`'s loaders and their transforms,
+    back at the end"""
     loaders = list(getattr(learn.dls, 'loaders', []))
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     pipes = [p for dl in loaders for n in _PIPELINES if hasattr(p := getattr(dl, n, None), 'fs')]
-    kept = {id(o): (o, dict(vars(o))) for o in [*loaders, *pipes, *[f for p in pipes for f in p.fs]] if hasattr(o, '__dict__')}
+    parts = [*loaders, *pipes, *[f for p in pipes for f in p.fs]]
+    kept = {id(o): (o, dict(vars(o))) for o in parts if hasattr(o, '__dict__')}
     rngs = [(o, o.rng.getstate()) for o in loaders if isinstance(getattr(o, 'rng', None), random.Random)]
-    generators = [(g, g.get_state()) for o in loaders for g in [getattr(o, 'generator', None)] if isinstance(g, torch.Generator)]
+    generators = [getattr(o, 'generator', None) for o in loaders]
+    generators = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
     try: yield
     finally:
         random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
@@ -106,8 +109,9 @@ def _from_loader(learn, dl, bs, source, synthetic=False):
     if bad: raise ExampleError(f'the inputs of one batch from {source} must be tensors, not {", ".join(bad)}; '
                                'add a transform that makes tensors of them')
     sizes = {x.shape[0] if x.ndim else None for x in xb}
-    if len(sizes) != 1 or None in sizes: raise ExampleError(f'the inputs of one batch from {source} differ in their first '
-        f'dimension ({[tuple(x.shape) for x in xb]}): every input needs the batch there')
+    if len(sizes) != 1 or None in sizes:
+        raise ExampleError(f'the inputs of one batch from {source} differ in their first dimension '
+                           f'({[tuple(x.shape) for x in xb]}): every input needs the batch there')
     n, short = sizes.pop(), ''
     if n == 0: return None
     names = _names(dl, min(n, bs))
@@ -141,7 +145,8 @@ def _table(to, n, rng):
 def _image_class(fs):
     "Position and class of the transform that opens an image"
     for i, f in enumerate(fs):
-        for fn in [m for sig in getattr(getattr(f, 'encodes', None), 'methods', []) for m in [getattr(sig, 'implementation', sig)]] or [f]:
+        methods = getattr(getattr(f, 'encodes', None), 'methods', [])
+        for fn in [getattr(sig, 'implementation', sig) for sig in methods] or [f]:
             cls = getattr(fn, '__self__', None)
             if isinstance(cls, type) and issubclass(cls, PILBase): return i, cls
     return None, None
@@ -192,16 +197,19 @@ def _pick(learn, items, bs, synthetic=False):
     if made is None: raise ExampleError('this learner has no data, and its blocks are unknown: pass a few raw inputs, '
         "`learn.export(path, compile=True, items=[...])`, as you would pass them to `learn.dls.test_dl`")
     res = _from_loader(learn, _test_dl(learn, made, bs, **kw), bs, 'made-up items', True)
-    if isinstance(made, list) and isinstance(made[0], np.ndarray):  # the learner must say itself how large its images are
+    # The learner must say itself how large its images are
+    if isinstance(made, list) and isinstance(made[0], np.ndarray):
         other, kw = synthetic_items(learn, bs, size=(192, 160))
         got = _from_loader(learn, _test_dl(learn, other, bs, **kw), bs, '', True)
-        if got.xb[0].shape != res.xb[0].shape: raise ExampleError("this learner has no data, and its transforms do not fix the size of an image: pass one or two, "
-            "`learn.export(path, compile=True, items=[...])`, as you would pass them to `learn.dls.test_dl`")
+        if got.xb[0].shape != res.xb[0].shape:
+            raise ExampleError('this learner has no data, and its transforms do not fix the size of an image: '
+                               'pass one or two, `learn.export(path, compile=True, items=[...])`, '
+                               'as you would pass them to `learn.dls.test_dl`')
     return res
 
 def _test_dl(learn, items, bs, **kw):
     if not len(items): raise ExampleError('items is empty: pass at least one')
-    if isinstance(getattr(learn.dls.loaders[0], 'dataset', None), Tabular): return learn.dls.test_dl(items, bs=bs, num_workers=0)
+    if isinstance(getattr(learn.dls.loaders[0], 'dataset', None), Tabular): kw = {}
     return learn.dls.test_dl(items, bs=bs, num_workers=0, **kw)
 
 # %% ../nbs/02_example.ipynb #03ec86c4
@@ -218,7 +226,9 @@ def check_repeatable(
             seen.append(_pick(learn, items, max(2, bs)))
     for i, (a, b) in enumerate(zip(seen[0].xb, seen[1].xb)):
         if a.shape != b.shape or not torch.equal(a.nan_to_num(), b.nan_to_num()):
-            diff = f'by up to {(a.double()-b.double()).abs().max():.3g}' if a.shape == b.shape else f'in shape, {tuple(a.shape)} and {tuple(b.shape)}'
+            if a.shape == b.shape: diff = f'by up to {(a.double()-b.double()).abs().max():.3g}'
+            else: diff = f'in shape, {tuple(a.shape)} and {tuple(b.shape)}'
             tfms = '; '.join(f'{n}: {getattr(learn.dls.loaders[-1], n, None)}' for n in _PIPELINES)
-            raise RandomTransformError(f'input {i} differs {diff} between two runs over the same rows ({seen[0].source}): a random '
-                f'transform is active in the validation pipeline. Remove it, or give it `split_idx=0` so that it trains only. {tfms}')
+            raise RandomTransformError(f'input {i} differs {diff} between two runs over the same rows '
+                f'({seen[0].source}): a random transform is active in the validation pipeline. '
+                f'Remove it, or give it `split_idx=0` so that it trains only. {tfms}')

@@ -19,8 +19,8 @@ from . import __version__
 from .artifact import check_target, pickle_globals, where_from, write_artifact
 from .backends.base import Table, available_backends, backends, get_backend, host
 from .capture import capture
-from .errors import (BackendError, BackendUnavailable, CaptureError, CompileError, ConfigError, HostMismatch,
-                                   NotTrainable, VerificationError)
+from .errors import (BackendError, BackendUnavailable, CaptureError, CompileError, ConfigError,
+                                   HostMismatch, NotTrainable, VerificationError)
 from .example import ExampleError, check_repeatable, example_batch, preserved, _has_rows
 from .model import CompiledModel
 from .package import learner_bytes
@@ -278,7 +278,8 @@ def _own_example(learn, bs):
         raise ExampleError('this compiled learner carries no reference input: pass `items=[...]`')
     try: return example_batch(learn, bs=bs)
     except ExampleError: xb = tuple(torch.cat([x]*max(2, bs)) for x in learn.model.reference['xb'])
-    return Example(xb, (), (torch.Tensor,)*len(xb), 'the reference row of the compiled file', list(range(max(2, bs))), True)
+    rows = list(range(max(2, bs)))
+    return Example(xb, (), (torch.Tensor,)*len(xb), 'the reference row of the compiled file', rows, True)
 
 def _make_reference_row(learn, captured):
     "A synthetic row and eager's answer to it, or None where the model answers none"
@@ -316,7 +317,8 @@ def _headline(winner, timings, config):
     r = ratio(_sum(timings, 'eager'), _sum(timings, name))
     rounds = f'rounds from {r.low:.2f} to {r.high:.2f}'
     if r.low > 1.02: return f'{name}: {r.median:.2f} times as fast as eager at {at} ({rounds})'
-    if r.high < 1: return f'{name}: slower than eager at {at}, {1/r.median:.2f} times the time (it was asked for by name)'
+    if r.high < 1:
+        return f'{name}: slower than eager at {at}, {1/r.median:.2f} times the time (it was asked for by name)'
     return f'{name}: no faster than eager at {at} beyond the noise ({r.median:.2f}, {rounds})'
 
 def _weights_note(model, keep_eager):

@@ -24,15 +24,19 @@ def empty_dls(
     with preserved(learn):
         loaders = []
         for dl in learn.dls.loaders:
-            if not isinstance(dl, DataLoader): loaders.append(DataLoader([], bs=dl.batch_size, n=0))  # PyTorch's own loader has neither `new` nor `to`
-            elif hasattr(dl.dataset, 'new_empty') and not isinstance(dl.dataset, torch.Tensor): loaders.append(dl.new(dl.dataset.new_empty()))
+            if not isinstance(dl, DataLoader): # PyTorch's own loader has neither `new` nor `to`
+                loaders.append(DataLoader([], bs=dl.batch_size, n=0))
+            elif hasattr(dl.dataset, 'new_empty') and not isinstance(dl.dataset, torch.Tensor):
+                loaders.append(dl.new(dl.dataset.new_empty()))
             else: loaders.append(dl.new([], n=0))
-        return type(learn.dls)(*loaders, path=learn.dls.path, device='cpu') if isinstance(learn.dls, DataLoaders) else DataLoaders(*loaders)
+        if not isinstance(learn.dls, DataLoaders): return DataLoaders(*loaders)
+        return type(learn.dls)(*loaders, path=learn.dls.path, device='cpu')
 
 def refuse_training(*args, **kwargs):
     "Stands in for the splitter and the optimizer of a compiled learner"
-    raise NotTrainable('a compiled learner does not train: `learn.to_eager()` gives back the PyTorch model with its splitter and optimizer, '
-                       'then `fit`, `unfreeze`, `load` and `lr_find` work; export again afterwards')
+    raise NotTrainable('a compiled learner does not train: `learn.to_eager()` gives back the PyTorch model '
+                       'with its splitter and optimizer, then `fit`, `unfreeze`, `load` and `lr_find` work; '
+                       'export again afterwards')
 
 def _same(o): return o
 
@@ -44,8 +48,8 @@ def _state(learn, model, dls):
     gone = [cb for cb in learn.cbs if isinstance(cb, _TRAINING_ONLY)]
     for cb in gone: state.pop(cb.name, None)
     for k in ('loss_grad', 'smooth_loss', 'final_record'): state.pop(k, None)
-    state.update(model=model, dls=dls, opt=None, dl=None, xb=(None,), yb=(None,), pred=None, loss=None, cbs=L(cb for cb in learn.cbs if cb not in gone),
-                 splitter=refuse_training, opt_func=refuse_training)
+    state.update(model=model, dls=dls, opt=None, dl=None, xb=(None,), yb=(None,), pred=None, loss=None,
+                 cbs=L(cb for cb in learn.cbs if cb not in gone), splitter=refuse_training, opt_func=refuse_training)
     return state
 
 def learner_bytes(
@@ -72,11 +76,14 @@ def learner_bytes(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            torch.save(box, buf, pickle_module=types.SimpleNamespace(Pickler=Pickler, __name__=pickle_module.__name__), pickle_protocol=pickle_protocol)
+            module = types.SimpleNamespace(Pickler=Pickler, __name__=pickle_module.__name__)
+            torch.save(box, buf, pickle_module=module, pickle_protocol=pickle_protocol)
     except (TypeError, AttributeError, ValueError) as e:
-        raise CompileError(f'this learner cannot be pickled: {e}. Stock `learn.export()` fails on it too; look for open files, sockets, '
-                           'loggers or generators in its callbacks, transforms and attributes') from e
+        raise CompileError(f'this learner cannot be pickled: {e}. Stock `learn.export()` fails on it too; '
+                           'look for open files, sockets, loggers or generators in its callbacks, '
+                           'transforms and attributes') from e
     except Exception as e:
         if 'pickle' not in type(e).__name__.lower(): raise
-        raise CompileError(f'this learner cannot be pickled: {e}. Use a function with a name instead of a lambda, or `pickle_module=cloudpickle`') from e
+        raise CompileError(f'this learner cannot be pickled: {e}. Use a function with a name instead of a lambda, '
+                           'or `pickle_module=cloudpickle`') from e
     return buf.getvalue()

@@ -46,9 +46,11 @@ class Report:
         yield 'next', self.next_call
 
     def __repr__(self):
-        parts = [self.headline, repr(self.candidates), repr(self.gate), '\n'.join(f'{k:8} {v}' for k, v in self._lines())]
-        return '\n\n'.join(parts)
+        lines = '\n'.join(f'{k:8} {v}' for k, v in self._lines())
+        return '\n\n'.join([self.headline, repr(self.candidates), repr(self.gate), lines])
 
     def _repr_html_(self):
-        lines = ''.join(f'<tr><th style="text-align:left">{escape(k)}</th><td style="text-align:left">{escape(v)}</td></tr>' for k, v in self._lines())
-        return f'<p><b>{escape(self.headline)}</b></p>{self.candidates._repr_html_()}{self.gate._repr_html_()}<table>{lines}</table>'
+        cell = lambda tag, s: f'<{tag} style="text-align:left">{escape(s)}</{tag}>'
+        lines = ''.join(f"<tr>{cell('th', k)}{cell('td', v)}</tr>" for k, v in self._lines())
+        tables = self.candidates._repr_html_() + self.gate._repr_html_()
+        return f'<p><b>{escape(self.headline)}</b></p>{tables}<table>{lines}</table>'

@@ -38,8 +38,10 @@ class Rewrite:
     matches:Callable     # module -> bool
     build:Callable       # module -> the equal form, which shares its parameters
     always:bool=True     # False: only for the backends that name it in `rewrites`
-    guard:Callable|None=None # module -> a picklable function from inputs to '' or the reason why they cannot be answered exactly
-    dims:dict=field(default_factory=dict) # Further dynamic sizes of the model's inputs: {input: {dimension: (name, min, max)}}
+    # module -> a picklable function from inputs to '' or the reason why they cannot be answered exactly
+    guard:Callable|None=None
+    # Further dynamic sizes of the model's inputs: {input: {dimension: (name, min, max)}}
+    dims:dict=field(default_factory=dict)
 
 _rewrites = {}
 
@@ -53,7 +55,7 @@ def register_rewrite(
 def apply_rewrites(
     model,    # A copy that may be changed
     names=(), # Rewrites to apply beyond the always-on ones
-)->tuple:     # (the model in its equal form, names of what was applied with counts, further dynamic sizes, guards of inputs)
+)->tuple: # (model in its equal form, names of what was applied with counts, further dynamic sizes, guards of inputs)
     "Replace every layer that a rewrite recognises"
     used, dims, guards = {}, {}, []
     def visit(m):

@@ -41,7 +41,8 @@ def text_problem(
 )->str: # '' where the batch is fine
     "Why this batch cannot be answered exactly"
     if xs[0].shape[0] == 0 or is_exact_for(xs[0], bptt, pad_idx): return ''
-    return 'a row holds nothing but padding, or padding in the middle of a text: fastai does not make such batches, and its own model gives other or no answers for them'
+    return ('a row holds nothing but padding, or padding in the middle of a text: fastai does not make such batches, '
+            'and its own model gives other or no answers for them')
 
 # %% ../nbs/03_text.ipynb #ea6a9242
 class PlainLSTM(nn.Module):
@@ -83,8 +84,8 @@ def _take(h: Tensor, index: Tensor) -> Tensor:
 class PlainTextClassifier(nn.Module):
     "`SequentialRNN(SentenceEncoder(AWD_LSTM), PoolingLinearClassifier)` in eval mode, as one graph."
 
-    def __init__(self, embedding: nn.Embedding, forwards: list[nn.Module], backwards: list[nn.Module], layers: nn.Module,
-                 bptt: int = 72, pool_bptt: int = 72, max_len: int | None = 72*20, pad_idx: int = 1):
+    def __init__(self, embedding: nn.Embedding, forwards: list[nn.Module], backwards: list[nn.Module],
+                 layers: nn.Module, bptt: int = 72, pool_bptt: int = 72, max_len: int | None = 72*20, pad_idx: int = 1):
         super().__init__()
         self.embedding, self.layers = embedding, layers
         self.forwards, self.backwards = nn.ModuleList(forwards), nn.ModuleList(backwards)
@@ -102,20 +103,24 @@ class PlainTextClassifier(nn.Module):
         weights = [{**dict(r.module.named_parameters()), 'weight_hh_l0': r.weight_hh_l0_raw} for r in core.rnns]
         fwd, bwd = ([PlainLSTM(*(w[n + end] for n in WEIGHTS)) for w in weights] if end in ends else []
                     for end, ends in (('', ['']), ('_reverse', ['_reverse'] if core.n_dir == 2 else [])))
-        return cls(core.encoder, fwd, bwd, head.layers, encoder.bptt, head.bptt, encoder.max_len, encoder.pad_idx).eval()
+        return cls(core.encoder, fwd, bwd, head.layers, encoder.bptt, head.bptt, encoder.max_len,
+                   encoder.pad_idx).eval()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "fastai returns (predictions, outputs, outputs), and reads the outputs in training only: here all three are the predictions"
+        """fastai returns (predictions, outputs, outputs), and reads the outputs in training only: here all three are
+        the predictions"""
         pred = self.layers(self.pool(*self.encode(x)))
         return pred, pred, pred
 
     def n_dropped(self, sl: int) -> int:
-        "How many leading outputs `SentenceEncoder` drops: whole chunks, those that begin before the last `max_len` tokens."
+        """How many leading outputs `SentenceEncoder` drops: whole chunks, those that begin before the last `max_len`
+        tokens."""
         if self.max_len is None: return 0
         return (torch.sym_max(sl - self.max_len, 0) + self.bptt - 1) // self.bptt * self.bptt
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "The outputs of the last LSTM [bs, sl, n], in the original places; which places hold tokens [bs, sl]; which are kept [sl]."
+        """The outputs of the last LSTM [bs, sl, n], in the original places; which places hold tokens [bs, sl]; which
+        are kept [sl]."""
         bs, sl = x.shape
         time = torch.arange(sl, device=x.device)
         chunk = time - time % self.bptt                                  # where the chunk of each place begins
@@ -124,7 +129,7 @@ class PlainTextClassifier(nn.Module):
         start = torch.where(active, time, sl).amin(1, keepdim=True)      # first active place, for each row
         rolled, back = _wrap(time + start, sl), _wrap(time - start, sl)
         h = self.embedding(x.gather(1, rolled))
-        if len(self.backwards):                                          # each chunk reversed, as places in the rolled rows
+        if len(self.backwards):                              # each chunk reversed, as places in the rolled rows
             end = (chunk + self.bptt).clamp(max=sl)
             flip = _wrap((chunk + end - 1 - time)[rolled] - start, sl)
             for fwd, bwd in zip(self.forwards, self.backwards):
@@ -135,7 +140,8 @@ class PlainTextClassifier(nn.Module):
         return out, x != self.pad_idx, time >= self.n_dropped(sl)
 
     def pool(self, out: Tensor, tokens: Tensor, kept: Tensor) -> Tensor:
-        "fastai's `masked_concat_pool`: last, max and mean of the outputs (its 'last' is a place too early for short rows)."
+        """fastai's `masked_concat_pool`: last, max and mean of the outputs (its 'last' is a place too early for short
+        rows)."""
         sl, pads = out.shape[1], ~tokens & kept
         near_end = torch.arange(sl, device=out.device) >= sl - self.pool_bptt
         last = (sl - 1 - (pads & near_end).sum(1)).clamp(min=0)
@@ -147,9 +153,10 @@ class PlainTextClassifier(nn.Module):
 
 # %% ../nbs/03_text.ipynb #5df2ca8f
 def _is_text_classifier(m):
-    return (isinstance(m, nn.Sequential) and len(m) == 2 and type(m[0]) is SentenceEncoder and type(m[1]) is PoolingLinearClassifier
-            and type(getattr(m[0], 'module', None)) is AWD_LSTM)
+    return (isinstance(m, nn.Sequential) and len(m) == 2 and type(m[0]) is SentenceEncoder
+            and type(m[1]) is PoolingLinearClassifier and type(getattr(m[0], 'module', None)) is AWD_LSTM)
 
 def _guard(m): return partial(text_problem, bptt=m[0].bptt, pad_idx=m[0].pad_idx)
 
-register_rewrite(Rewrite('text_classifier', _is_text_classifier, PlainTextClassifier.from_fastai, dims={0: {1: ('length', 1, 2**16)}}, guard=_guard));
+register_rewrite(Rewrite('text_classifier', _is_text_classifier, PlainTextClassifier.from_fastai,
+                         dims={0: {1: ('length', 1, 2**16)}}, guard=_guard));

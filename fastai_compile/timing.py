@@ -20,7 +20,9 @@ class Timing:
     def median_ms(self): return statistics.median(self.rounds_ms)
     @property
     def spread(self): return (max(self.rounds_ms)-min(self.rounds_ms))/self.median_ms
-    def __repr__(self): return f'{self.median_ms:.3g} ms ({min(self.rounds_ms):.3g} to {max(self.rounds_ms):.3g}, {len(self.rounds_ms)} rounds of {self.calls} calls)'
+    def __repr__(self):
+        ms = self.rounds_ms
+        return f'{self.median_ms:.3g} ms ({min(ms):.3g} to {max(ms):.3g}, {len(ms)} rounds of {self.calls} calls)'
 
 @dataclass(frozen=True)
 class Ratio:

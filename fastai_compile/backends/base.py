@@ -11,6 +11,7 @@ __all__ = ['LEVELS', 'Probe', 'Placement', 'Payload', 'Backend', 'cpu_flags', 'h
 import importlib.metadata, importlib.util, os, platform
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 import torch
 from ..config import nearest
@@ -42,7 +43,8 @@ class Payload:
     "What a backend made of a graph: all that `load` needs"
     backend:str                 # Name of the backend that loads it
     files:dict                  # {name: uint8 tensor}
-    tensors:dict=field(default_factory=dict) # Weights that share storage with the PyTorch model, so that the file holds them once
+    # Weights that share storage with the PyTorch model, so that the file holds them once
+    tensors:dict=field(default_factory=dict)
     needs:dict=field(default_factory=dict)   # What must equal on the host: {'torch': '2.15.0'}; see `unmet`
     placement:Placement|None=None
     choices:dict=field(default_factory=dict) # What was chosen on the way, for the report
@@ -68,17 +70,17 @@ class Backend(Protocol):
 # %% ../../nbs/backends/10_base.ipynb #23eb8f24
 def cpu_flags():
     "The instruction-set extensions of this CPU that compilers use, where the system tells"
-    try: text = open('/proc/cpuinfo').read()
+    try: text = Path('/proc/cpuinfo').read_text()
     except OSError: return []
     line = next((l for l in text.splitlines() if l.startswith(('flags', 'Features'))), ':')
-    used = ('sse', 'ssse', 'avx', 'fma', 'f16c', 'bmi', 'abm', 'popcnt', 'movbe', 'amx', 'aes', 'vaes', 'pclmul', 'vpclmul', 'adx', 'sha',
-            'gfni', 'lzcnt', 'asimd', 'sve', 'sme', 'bf16', 'i8mm', 'fp', 'crc32', 'atomics')
+    used = ('sse', 'ssse', 'avx', 'fma', 'f16c', 'bmi', 'abm', 'popcnt', 'movbe', 'amx', 'aes', 'vaes', 'pclmul',
+            'vpclmul', 'adx', 'sha', 'gfni', 'lzcnt', 'asimd', 'sve', 'sme', 'bf16', 'i8mm', 'fp', 'crc32', 'atomics')
     return sorted(f for f in line.split(':', 1)[1].split() if f.startswith(used))
 
 def host():
     "The facts of this host that payloads may need"
-    return {'system': platform.system(), 'machine': platform.machine(), 'torch': torch.__version__, 'cpu_flags': cpu_flags(),
-            'python': '.'.join(platform.python_version_tuple()[:2])}
+    return {'system': platform.system(), 'machine': platform.machine(), 'torch': torch.__version__,
+            'cpu_flags': cpu_flags(), 'python': '.'.join(platform.python_version_tuple()[:2])}
 
 def _has(package, at_least):
     try: found = importlib.metadata.version(package)
@@ -107,11 +109,11 @@ def unmet(
 def _quota():
     "CPUs that the cgroup allows, or None"
     try:
-        limit, period = open('/sys/fs/cgroup/cpu.max').read().split()[:2]
+        limit, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()[:2]
         return None if limit == 'max' else int(limit)/int(period)
     except (OSError, ValueError): pass
     try:
-        limit, period = [int(open(f'/sys/fs/cgroup/cpu/cpu.cfs_{n}_us').read()) for n in ('quota', 'period')]
+        limit, period = [int(Path(f'/sys/fs/cgroup/cpu/cpu.cfs_{n}_us').read_text()) for n in ('quota', 'period')]
         return limit/period if limit > 0 else None
     except (OSError, ValueError): return None
 
@@ -120,7 +122,8 @@ def cpu_threads(
 )->int:
     "Threads for a compiled model: `torch.get_num_threads()` capped by CPU affinity and cgroup quota"
     if threads is not None: return threads
-    caps = [torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1]
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    caps = [torch.get_num_threads(), cpus]
     if (q := _quota()) is not None: caps.append(max(1, int(q)))
     return max(1, min(caps))
 
@@ -131,7 +134,8 @@ def register_backend(
     backend, # An object that keeps the `Backend` protocol
 ):
     "Make `backend` known by its name; a later one of the same name replaces it"
-    lacks = [a for a in ('name', 'rewrites', 'shapes', 'cost', 'probe', 'coverage', 'compile', 'load') if not hasattr(backend, a)]
+    needs = ('name', 'rewrites', 'shapes', 'cost', 'probe', 'coverage', 'compile', 'load')
+    lacks = [a for a in needs if not hasattr(backend, a)]
     if lacks: raise ConfigError(f'{backend!r} is no backend: it lacks {", ".join(lacks)}')
     _registry[backend.name] = backend
     return backend
@@ -151,12 +155,15 @@ def get_backend(
     "The backend called `name`. Raises `ConfigError` with the nearest name, `BackendUnavailable` for a broken plug-in"
     if name in backends(): return _registry[name]
     if name in _broken: raise BackendUnavailable(f'{name}: its package could not be loaded: {_broken[name]}')
-    raise ConfigError(f'no backend is called {name!r}.{nearest(name, _registry)} Known: {", ".join(_registry)}. `available_backends()` says what each needs')
+    raise ConfigError(f'no backend is called {name!r}.{nearest(name, _registry)} Known: {", ".join(_registry)}. '
+                      '`available_backends()` says what each needs')
 
 # %% ../../nbs/backends/10_base.ipynb #9fd7147e
 class Table(list):
     "Rows (dicts of the same keys) that show themselves as a table"
-    def _cells(self): return [list(self[0])] + [['' if v is None else str(v) for v in r.values()] for r in self] if self else []
+    def _cells(self):
+        if not self: return []
+        return [list(self[0])] + [['' if v is None else str(v) for v in r.values()] for r in self]
     def __repr__(self):
         rows = self._cells()
         if not rows: return '(no rows)'
@@ -167,7 +174,8 @@ class Table(list):
         from html import escape
         rows = self._cells()
         cell = lambda tag, c: f'<{tag} style="text-align:left">{escape(c)}</{tag}>'
-        return '<table>' + ''.join('<tr>' + ''.join(cell('td' if i else 'th', c) for c in r) + '</tr>' for i, r in enumerate(rows)) + '</table>'
+        lines = [''.join(cell('td' if i else 'th', c) for c in r) for i, r in enumerate(rows)]
+        return '<table>' + ''.join(f'<tr>{l}</tr>' for l in lines) + '</table>'
 
 def available_backends(
     device='cpu', # Where the compiled model would run
@@ -177,7 +185,8 @@ def available_backends(
     for name, b in backends().items():
         p = b.probe(device)
         rows.append({'backend': name, 'usable': 'yes' if p.usable else 'no', 'reason': p.reason, 'to mend it': p.mend})
-    for name, why in _broken.items(): rows.append({'backend': name, 'usable': 'no', 'reason': why, 'to mend it': f'pip install -U {name}'})
+    for name, why in _broken.items():
+        rows.append({'backend': name, 'usable': 'no', 'reason': why, 'to mend it': f'pip install -U {name}'})
     return rows
 
 # %% ../../nbs/backends/10_base.ipynb #3fcdce5d
@@ -189,9 +198,12 @@ def backend_options(
     "The options meant for `name`. Raises `ConfigError` for one that it does not have"
     per = {k: v for k, v in config.options.items() if k in backends() and isinstance(v, dict)}
     opts = per.get(name, {}) if per else config.options
-    if per and (loose := sorted(set(config.options) - set(per))): raise ConfigError(f'options {loose}: either all options belong to one backend, or each stands under its name')
+    if per and (loose := sorted(set(config.options) - set(per))):
+        raise ConfigError(f'options {loose}: either all options belong to one backend, or each stands under its name')
     for k in opts:
-        if known is not None and k not in known: raise ConfigError(f'{name} has no option {k!r}.{nearest(k, known)} Its options: {", ".join(known) or "none"}')
+        if known is not None and k not in known:
+            raise ConfigError(f'{name} has no option {k!r}.{nearest(k, known)} '
+                              f'Its options: {", ".join(known) or "none"}')
     return dict(opts)
 
 @contextmanager
@@ -206,7 +218,8 @@ def torch_threads(n):
 # %% ../../nbs/backends/10_base.ipynb #94e88ab4
 class EagerRunner:
     "Runs a PyTorch module on flat tensors"
-    def __init__(self, module, placement, threads): self.module, self.placement, self.threads = module, placement, threads
+    def __init__(self, module, placement, threads):
+        self.module, self.placement, self.threads = module, placement, threads
     def __call__(self, xs):
         with torch.no_grad(), torch_threads(self.threads): return [o.contiguous() for o in self.module(*xs)]
 

@@ -25,7 +25,8 @@ _OURS = {'cpp.dynamic_threads': True,
 _RESERVED = ('cpp.dynamic_threads', 'aot_inductor.check_', 'aot_inductor.package', 'aot_inductor.output_path',
              'aot_inductor.cross_target', 'aot_inductor.custom_op', 'aot_inductor.use_minimal_arrayref',
              'aot_inductor.allow_stack_allocation', 'aot_inductor_mode.', 'fx_wrapper')
-_V3 = ('abm', 'avx', 'avx2', 'bmi1', 'bmi2', 'f16c', 'fma', 'movbe', 'popcnt', 'sse', 'sse2', 'sse4_1', 'sse4_2', 'ssse3')
+_V3 = ('abm', 'avx', 'avx2', 'bmi1', 'bmi2', 'f16c', 'fma', 'movbe', 'popcnt', 'sse', 'sse2', 'sse4_1', 'sse4_2',
+       'ssse3')
 
 def _compiler():
     "The C++ compiler to call, or None"
@@ -35,17 +36,19 @@ def _compiler():
 def _of_mode(mode):
     "The options behind a mode of `torch.compile`, as far as they mean something on a CPU"
     modes = torch._inductor.list_mode_options()
-    if mode not in modes: raise ConfigError(f'inductor has no mode {mode!r}.{nearest(mode, modes)} Its modes: {", ".join(modes)}')
+    if mode not in modes:
+        raise ConfigError(f'inductor has no mode {mode!r}.{nearest(mode, modes)} Its modes: {", ".join(modes)}')
     opts = {k: v for k, v in modes[mode].items() if not k.startswith('triton.')}
-    if modes[mode] and not opts: raise ConfigError(f'mode={mode!r} means CUDA graphs, and nothing on a CPU: leave it out')
+    if modes[mode] and not opts:
+        raise ConfigError(f'mode={mode!r} means CUDA graphs, and nothing on a CPU: leave it out')
     return opts
 
 def _check_options(opts):
     known, defaults = torch._inductor.list_options(), torch._inductor.config.get_config_copy()
     for k, v in opts.items():
         if k not in known:
-            raise ConfigError(f'inductor of torch {torch.__version__} has no option {k!r}.{nearest(k, [*known, "mode"])} '
-                              '`torch._inductor.list_options()` lists them')
+            raise ConfigError(f'inductor of torch {torch.__version__} has no option {k!r}.'
+                              f'{nearest(k, [*known, "mode"])} `torch._inductor.list_options()` lists them')
         if k.startswith(_RESERVED): raise ConfigError(f'the option {k!r} is not free: opening the file depends on it')
         if defaults.get(k) is not None and not isinstance(v, type(defaults[k])):
             raise ConfigError(f'{k}={v!r}: must be a {type(defaults[k]).__name__}')
@@ -74,8 +77,11 @@ def _why(e):
     return f'{type(e).__name__}: ' + '\n'.join([l for l in lines if ' error: ' in l][:5] or lines)[:600]
 
 def _member(z, name):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     data = bytearray(z.getinfo(name).file_size)
     with z.open(name) as f: f.readinto(data)
+    for path in {cache_dir(), str(Path(cache_dir()).resolve())}: # asserts name their source file, and the folder names the user
+        data = data.replace(path.encode(), b'.'*len(path.encode()))
     return torch.frombuffer(data, dtype=torch.uint8)
 
 def _unpack(package):
@@ -106,7 +112,8 @@ _TEMP = ('set TMPDIR to a folder that can be written to and is not mounted noexe
          'in a container: `-e TMPDIR=/scratch --tmpfs /scratch:exec`')
 
 def _sweep(older_s=60):
-    "Remove the folders of killed processes. Young ones stay: processes of a neighbouring container cannot be seen from here"
+    """Remove the folders of killed processes. Young ones stay: processes of a neighbouring container cannot be seen
+    from here"""
     for folder in Path(tempfile.gettempdir()).glob(f'{_PREFIX}*-*'):
         pid = folder.name[len(_PREFIX):].split('-')[0]
         with suppress(OSError):
@@ -123,28 +130,35 @@ def _unpacked(files):
         for name, data in files.items(): (folder/name).write_bytes(data.numpy().data)
         yield folder
     except OSError as e:
-        raise BackendError(f'a compiled model is opened through the temporary folder, and that failed ({e}): {_TEMP}') from e
+        raise BackendError('a compiled model is opened through the temporary folder, and that failed '
+                           f'({e}): {_TEMP}') from e
     finally:
         if folder is not None: shutil.rmtree(folder, ignore_errors=True)
 
 class InductorRunner:
     "A compiled library as a function of tensors; safe to call from many threads"
-    def __init__(self, library, placement, threads): self.library, self.placement, self.threads = library, placement, threads
+    def __init__(self, library, placement, threads):
+        self.library, self.placement, self.threads = library, placement, threads
     def __call__(self, xs):
         try:
             with torch.no_grad(), torch_threads(self.threads): res = self.library.run(xs)
-        except Exception as e: raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
+        except Exception as e:
+            raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
         given = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
-        return [o.clone(memory_format=torch.contiguous_format) if o.untyped_storage().data_ptr() in given else o.contiguous()
-                for o in res]
+        def own(o):
+            if o.untyped_storage().data_ptr() in given: return o.clone(memory_format=torch.contiguous_format)
+            return o.contiguous()
+        return [own(o) for o in res]
 
 # %% ../../nbs/backends/30_inductor.ipynb #1e14ba0c
 class InductorBackend:
     "AOTInductor on the CPU"
     name, rewrites, shapes, cost = 'inductor', (), 'dynamic', 2
     def probe(self, device):
-        if sys.platform != 'linux': return Probe(False, f'it compiles on Linux only, this is {sys.platform}', 'use Linux or a container')
-        if (cxx := _compiler()) is None: return Probe(False, 'no C++ compiler: neither $CXX nor g++ nor clang++', 'apt-get install g++')
+        if sys.platform != 'linux':
+            return Probe(False, f'it compiles on Linux only, this is {sys.platform}', 'use Linux or a container')
+        if (cxx := _compiler()) is None:
+            return Probe(False, 'no C++ compiler: neither $CXX nor g++ nor clang++', 'apt-get install g++')
         return Probe(True, f'PyTorch {torch.__version__}, {Path(shlex.split(cxx)[0]).name}')
 
     def coverage(self, captured, config):
@@ -153,7 +167,8 @@ class InductorBackend:
 
     def compile(self, captured, config):
         freezing, settings = _settings(config, self.name)
-        if not (probe := self.probe('cpu')).usable: raise BackendUnavailable(f'inductor: {probe.reason}: `{probe.mend}`')
+        if not (probe := self.probe('cpu')).usable:
+            raise BackendUnavailable(f'inductor: {probe.reason}: `{probe.mend}`')
         threads, start, made, errors = cpu_threads(config.threads), time.perf_counter(), {}, {}
         likely = _likely_frozen(captured, config) if freezing == 'auto' else freezing
         for frozen in (likely, not likely)[:2 if freezing == 'auto' else 1]:
@@ -163,7 +178,8 @@ class InductorBackend:
         if not made: raise errors[likely]
         frozen, found = self._faster(made, captured, config, threads) if len(made) == 2 else (next(iter(made)), {})
         if freezing == 'auto' and len(made) == 1:
-            found = {'not measured': next((f'freezing={k}: {e}' for k, e in errors.items()), 'one compile took over a quarter of budget_s')}
+            why = [f'freezing={k}: {e}' for k, e in errors.items()] or ['one compile took over a quarter of budget_s']
+            found = {'not measured': why[0]}
         opts = {k: v for k, v in backend_options(config, self.name, None).items() if k != 'freezing'}
         made[frozen].choices = {'freezing': frozen, **found, 'options': opts}
         return made[frozen]
@@ -175,7 +191,8 @@ class InductorBackend:
         if not _agree(runs, batches): return False, {'not measured': 'the frozen form fails, or gives other answers'}
         t = interleave({k: lambda run=run: [run(xs) for xs in batches] for k, run in runs.items()}, budget_s=10)
         ms = {name: float(f'{t[k].median_ms:.3g}') for name, k in (('frozen', True), ('not frozen', False))}
-        return is_faster(t[True], t[False]), {'measured_ms': ms, 'frozen over not frozen': repr(ratio(t[True], t[False]))}
+        found = {'measured_ms': ms, 'frozen over not frozen': repr(ratio(t[True], t[False]))}
+        return is_faster(t[True], t[False]), found
 
     def load(self, payload, device, threads):
         with _unpacked(payload.files) as folder:
@@ -184,11 +201,13 @@ class InductorBackend:
             except Exception as e:
                 hint = f'\n{_TEMP}' if 'failed to map' in str(e) else ''
                 raise BackendError(f'the compiled library cannot be opened: {_why(e)}{hint}') from e
-        return InductorRunner(library, Placement(payload.placement.target, 'executed', payload.placement.operators), threads)
+        placement = Placement(payload.placement.target, 'executed', payload.placement.operators)
+        return InductorRunner(library, placement, threads)
 
 def _likely_frozen(captured, config):
     "Convolutions gain from packed weights where the batch is not tiny; little else does"
-    return max(config.bs) >= 8 and any('conv' in str(n.target) for n in captured.program.graph.nodes if n.op == 'call_function')
+    calls = [n for n in captured.program.graph.nodes if n.op == 'call_function']
+    return max(config.bs) >= 8 and any('conv' in str(n.target) for n in calls)
 
 def _agree(runs, batches):
     close = lambda a, b: torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True)

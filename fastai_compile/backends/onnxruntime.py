@@ -24,10 +24,12 @@ def to_payload_bytes(data):
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 def _convert(captured):
-    "The ONNX form of a captured graph, constants folded; batch norms are left to ONNX Runtime, so that weights stay as they are"
+    """The ONNX form of a captured graph, constants folded; batch norms are left to ONNX Runtime, so that weights stay
+    as they are"""
     from onnxscript import optimizer
     with torch.no_grad(), quiet():
-        program = torch.onnx.export(captured.program, (), dynamo=True, optimize=False, verbose=False, custom_translation_table=_translations())
+        program = torch.onnx.export(captured.program, (), dynamo=True, optimize=False, verbose=False,
+                                    custom_translation_table=_translations())
         optimizer.inline(program.model)
         optimizer.fold_constants(program.model, should_fold=lambda node: False if node.op_type == 'Transpose' else None)
         optimizer.remove_unused_nodes(program.model)
@@ -51,8 +53,8 @@ def _translations():
 
 def _without_traces(proto):
     "Without the stack traces and paths of the machine that exported"
-    for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
-        part.ClearField('metadata_props')
+    g = proto.graph
+    for part in (g, *g.node, *g.value_info, *g.input, *g.output, *g.initializer): part.ClearField('metadata_props')
     return proto
 
 def _share_weights(proto, state):
@@ -79,7 +81,8 @@ class OnnxRuntimeRunner:
         self.names = [i.name for i in session.get_inputs()]
     def __call__(self, xs):
         try: res = self.session.run(None, {n: x.numpy() for n, x in zip(self.names, xs)})
-        except Exception as e: raise BackendError(f'onnxruntime failed on inputs {[tuple(x.shape) for x in xs]}: {e}') from e
+        except Exception as e:
+            raise BackendError(f'onnxruntime failed on inputs {[tuple(x.shape) for x in xs]}: {e}') from e
         return [torch.from_numpy(o if isinstance(o, np.ndarray) else np.asarray(o)) for o in res]
 
 # %% ../../nbs/backends/20_onnxruntime.ipynb #0656dec0
@@ -95,7 +98,8 @@ class OnnxRuntimeBackend:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
         registry, ops, own = ONNXRegistry.from_torchlib(), {}, _translations()
         for n in captured.program.run_decompositions().graph.nodes:
-            if n.op == 'call_function' and isinstance(n.target, torch._ops.OpOverload) and n.target not in own and not registry.is_registered(n.target):
+            if n.op != 'call_function' or not isinstance(n.target, torch._ops.OpOverload): continue
+            if n.target not in own and not registry.is_registered(n.target):
                 ops[str(n.target)] = 'no ONNX form in torchlib'
         return Placement('onnxruntime on CPU', 'lowered', elsewhere=ops)
 
@@ -107,12 +111,13 @@ class OnnxRuntimeBackend:
             why = f'no ONNX form for {", ".join(ops)}' if ops else f'{type(e).__name__}: {str(e)[:600]}'
             raise BackendError(f'the conversion to ONNX failed: {why}') from e
         shared = _share_weights(proto, captured.module.state_dict())
-        if proto.ByteSize() >= 2**31: raise BackendError('the ONNX graph holds more than 2 GB of constants that are no weights of the model')
-        nodes = len(proto.graph.node)
-        payload = Payload(self.name, {'model.onnx': to_payload_bytes(proto.SerializeToString())}, shared,
-            needs={'packages': {'onnxruntime': _oldest(proto)}}, placement=Placement('onnxruntime on CPU', 'compiled', {_CPU: nodes}),
-            choices={'opset': max(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx')), 'session': dict(opts.get('session', {}))})
-        return payload
+        if proto.ByteSize() >= 2**31:
+            raise BackendError('the ONNX graph holds more than 2 GB of constants that are no weights of the model')
+        opset = max(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx'))
+        return Payload(self.name, {'model.onnx': to_payload_bytes(proto.SerializeToString())}, shared,
+                       needs={'packages': {'onnxruntime': _oldest(proto)}},
+                       placement=Placement('onnxruntime on CPU', 'compiled', {_CPU: len(proto.graph.node)}),
+                       choices={'opset': opset, 'session': dict(opts.get('session', {}))})
 
     def load(self, payload, device, threads):
         import onnxruntime as ort
@@ -126,7 +131,8 @@ class OnnxRuntimeBackend:
         except Exception as e: raise BackendError(f'onnxruntime {ort.__version__} cannot open this model: {e}') from e
         ran = session.get_providers()
         if ran[0] != _CPU: raise FallbackError(f'onnxruntime was asked for {_CPU} and chose {ran}')
-        return OnnxRuntimeRunner(session, Placement('onnxruntime on CPU', 'executed', payload.placement.operators), values)
+        placement = Placement('onnxruntime on CPU', 'executed', payload.placement.operators)
+        return OnnxRuntimeRunner(session, placement, values)
 
 def _oldest(proto):
     "The oldest ONNX Runtime this was run with; older ones may do, but nobody looked"

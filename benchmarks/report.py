@@ -1,0 +1,52 @@
+"""Write benchmarks/README.md from benchmarks/results/: `python benchmarks/report.py`. Nothing is measured."""
+import json
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import families, model, overhead
+from benchmarks.common import RESULTS, ROOT
+
+TEXT = """\
+# Benchmarks
+
+Each script prints its result and writes it to `results/`, with the machine, the versions, the date, the commit and the command.
+`python benchmarks/report.py` makes this page of it. What was not run says "not run".
+
+Competing times are taken in turn, round by round, in one process, after a warm-up, with `OMP_WAIT_POLICY=PASSIVE`: otherwise idle
+threads spin and stall whoever runs next. A ratio is the median of the rounds, with the smallest and largest round in brackets.
+Run them on a machine that does nothing else: `load_at_start` in a result says whether it did.
+
+## The model alone
+
+`python benchmarks/model.py`: eager, channels_last, `torch.compile`, inductor, ONNX Runtime by hand and what `compile=True` chose.
+ONNX Runtime by hand gets numpy arrays and returns them; the compiled model takes and returns tensors and checks its inputs.
+
+{model}
+
+## What an export costs
+
+`python benchmarks/overhead.py`: capture, conversion and session of `compile='onnxruntime'`, and the same three steps by hand.
+
+{overhead}
+
+## Families of learners
+
+`python benchmarks/families.py`: every family with its data and without, on every backend, each file opened in a fresh process.
+The models are tiny and their images have 64 pixels, so the milliseconds say little about yours. The milliseconds are those of the
+model alone at batch 1; the largest difference is that of a prediction to eager; seconds to load are those of `load_learner` alone.
+
+{families}
+"""
+
+
+def _described(module, name: str) -> str:
+    path = RESULTS / f"{name}.json"
+    return module.describe(json.loads(path.read_text())) if path.exists() else "Not run."
+
+
+def text() -> str:
+    "The page"
+    return TEXT.format(model=_described(model, "model"), overhead=_described(overhead, "overhead"), families=families.describe())
+
+
+if __name__ == "__main__": (ROOT / "benchmarks" / "README.md").write_text(text())
