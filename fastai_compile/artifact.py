@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'FORMAT', 'make_blob', 'read_blob', 'open_blob', 'pickle_glo
            'check_target', 'write_artifact', 'Manifest', 'inspect_artifact', 'open_artifact']
 
 # %% ../nbs/06_artifact.ipynb #ddaa71d7
-import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickle, pickletools
+import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickletools
 import re, shutil, stat, struct, sys, tempfile, zipfile
 from pathlib import Path
 import torch

@@ -28,7 +28,7 @@ class Structure:
 
     def flat(self, out):
         "The distinct tensors of a model's output"
-        res, n = {}, 0
+        res = {}
         for leaf, (i, _) in zip(pytree.tree_leaves(out), self.leaves):
             if i is None or i in res: continue
             res[i] = leaf.as_subclass(torch.Tensor) if isinstance(leaf, TensorBase) else leaf
@@ -36,6 +36,7 @@ class Structure:
 
     def build(self, ts):
         "What the model returns, from the flat tensors"
+        if self.spec.is_leaf() and self.leaves[0][1] is torch.Tensor: return ts[0]
         leaves = [c if i is None else ts[i] if c is torch.Tensor else ts[i].as_subclass(c) for i, c in self.leaves]
         return pytree.tree_unflatten(leaves, self.spec)
 

@@ -9,18 +9,16 @@ __all__ = ['unwrap', 'choose_candidates', 'Candidate', 'Stages', 'rank', 'Outcom
 # %% ../nbs/11_export.ipynb #a87d3efc
 import time, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 import cloudpickle, torch
-from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
-import fastai, fastcore
 from . import __version__
 from .artifact import check_target, pickle_globals, where_from, write_artifact
 from .backends.base import Table, available_backends, backends, get_backend, host
 from .capture import capture
-from .errors import (BackendError, BackendUnavailable, CaptureError, CompileError, ConfigError,
-                                   HostMismatch, NotTrainable, VerificationError)
+from .errors import (BackendError, BackendUnavailable, CompileError, ConfigError, HostMismatch,
+                                   NotTrainable, VerificationError)
 from .example import ExampleError, check_repeatable, example_batch, preserved, _has_rows
 from .model import CompiledModel
 from .package import learner_bytes
@@ -136,7 +134,7 @@ def _reference_inputs(learn, captured):
     shapes = [[1, *[d or n for d, n in zip(s.shape[1:], x.shape[1:])]] for s, x in zip(specs, captured.example.xb)]
     for whole in (1, 0):
         g = torch.Generator().manual_seed(0)
-        def fill(s, n):
+        def fill(s, n, g=g, whole=whole):
             if s.dtype.is_floating_point: return torch.randn(n, generator=g, dtype=s.dtype)
             return torch.full(n, whole, dtype=s.dtype)
         yield [fill(s, n) for s, n in zip(specs, shapes)]
@@ -171,10 +169,10 @@ def _time(learn, captured, cands, config, stages):
     for bs in config.bs:
         reps = -(-bs//len(captured.example))
         xs = [torch.cat([x]*reps)[:bs].contiguous() for x in captured.example.xb]
-        def eager():
+        def eager(xs=xs):
             with torch.no_grad(): return captured.eager(*xs)
         with stages('timing', f'batch {bs}'):
-            res[bs] = interleave({'eager': eager, **{c.name: (lambda m=c.model: m(*xs)) for c in cands}})
+            res[bs] = interleave({'eager': eager, **{c.name: (lambda m=c.model, xs=xs: m(*xs)) for c in cands}})
     return res
 
 def _sum(timings, name):
@@ -414,7 +412,7 @@ def _facts(learn, config, model, winner, verdict, timings, runs_on):
     gate = {'numbers': list(winner.numbers.checks), 'answers': list(verdict.checks) if verdict else None,
             'notes': verdict.notes if verdict else []}
     return {
-        'made_by': f'fastai_compile {__version__}', 'created': datetime.now(timezone.utc).isoformat(timespec='seconds'),
+        'made_by': f'fastai_compile {__version__}', 'created': datetime.now(UTC).isoformat(timespec='seconds'),
         'learner': type(learn).__name__, 'backend': winner.name, 'level': model.placement.level,
         'target': model.placement.target, 'python': h['python'], 'os': f"{h['system']} {h['machine']}",
         'needs': model.payload.needs, 'runs_on': runs_on,

@@ -15,21 +15,28 @@ from .errors import InputError, NotTrainable
 # %% ../nbs/05_model.ipynb #68365284
 class WeightWatch:
     "Notices weights that change under a compiled model"
-    part, each = 2**16, 2   # Elements of a part; parts that one call adds up
+    part = 2**16   # Elements that one call adds up
     def __init__(self, tensors):
-        self.tensors, self.i = list(tensors), 0
-        as_int = lambda t: t.view(torch.uint8 if t.element_size() % 4 else torch.int32)
-        flat = [as_int(t.detach().contiguous().view(-1)) for t in self.tensors if t.numel()]
-        self.parts = [f[i:i+self.part] for f in flat for i in range(0, len(f), self.part)]
-        self.sums, self.versions = [int(p.sum()) for p in self.parts], self._versions()
-    def _versions(self): return [(t.data_ptr(), None if t.is_inference() else t._version) for t in self.tensors]
+        self.tensors, self.i = [t for t in tensors if t.numel()], 0
+        self.counted = [t for t in self.tensors if not t.is_inference()] # an inference tensor has no counter
+        self.parts = [(t, i) for t in self.tensors for i in range(0, t.numel()*t.element_size()//4 or 1, self.part)]
+        self.version, self.sums = self._version(), [self._sum(*p) for p in self.parts]
+
+    def _version(self): return sum([t._version for t in self.counted])
+
+    def _sum(self, t, start):
+        "Address and checksum of one part"
+        flat = t.detach().contiguous().view(-1)
+        flat = flat.view(torch.uint8 if flat.numel()*flat.element_size() % 4 else torch.int32)
+        return t.data_ptr(), flat[start:start+self.part].sum().item()
+
     def changed(self, everything=False):
         "True when a change is seen"
-        if self._versions() != self.versions: return True
-        n = len(self.parts)
-        look = range(n) if everything else [(self.i+k) % n for k in range(min(self.each, n))]
-        self.i = (self.i + self.each) % max(1, n)
-        return any(int(self.parts[k].sum()) != self.sums[k] for k in look)
+        if self._version() != self.version: return True
+        if not self.parts: return False
+        if everything: return any(self._sum(*p) != s for p, s in zip(self.parts, self.sums))
+        i = self.i = (self.i + 1) % len(self.parts)
+        return self._sum(*self.parts[i]) != self.sums[i]
 
 # %% ../nbs/05_model.ipynb #8a1e491d
 class _Process:
@@ -101,8 +108,8 @@ class CompiledModel(nn.Module):
     def _in_parts(self, xs, n):
         "Batches above `max_bs`, cut"
         if loose := [o.name for o in self.output_specs if not o.batched]:
-            raise InputError(f'a batch of {n} is above max_bs={self.max_bs}, and cannot be cut: output {", ".join(loose)} '
-                             f'belongs to the batch as a whole. Export again with `max_bs={n}`')
+            raise InputError(f'a batch of {n} is above max_bs={self.max_bs}, and cannot be cut: output '
+                             f'{", ".join(loose)} belongs to the batch as a whole. Export again with `max_bs={n}`')
         cut = lambda i: [x[i:i+self.max_bs].contiguous() for x in xs]
         parts = [self._call(cut(i), min(self.max_bs, n-i)) for i in range(0, n, self.max_bs)]
         return [torch.cat(p) for p in zip(*parts)]
@@ -136,9 +143,10 @@ class CompiledModel(nn.Module):
             raise InputError(f'input {i} is on {x.device}, the model runs on cpu: move it with `.cpu()`')
         if x.ndim != len(spec.shape):
             raise InputError(f'input {i} has {x.ndim} dimensions {list(x.shape)}, needed are {len(spec.shape)}: {spec}')
-        for d, size in enumerate(spec.shape):
-            if size is not None and x.shape[d] != size:
-                raise InputError(f'input {i} has size {x.shape[d]} in dimension {d}, needed is {size}: {spec}')
+        for d, (size, own) in enumerate(zip(spec.shape, x.shape)):
+            if size is not None and own != size:
+                raise InputError(f'input {i} has size {own} in dimension {d}, needed is {size}: {spec}')
+        if type(x) is torch.Tensor and x.is_contiguous() and not (x.requires_grad or x.is_neg() or x.is_conj()): return x
         return x.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
 
     def _empty(self, xs):
@@ -165,7 +173,7 @@ class CompiledModel(nn.Module):
     def buffers(self, recurse=True): return (b for _, b in self.named_buffers(recurse=recurse))
     def state_dict(self, *args, **kwargs):
         if self.eager is None:
-            raise NotTrainable('this file was written with `keep_eager=False`: it holds no weights that PyTorch can use')
+            raise NotTrainable('this file was written with `keep_eager=False`: it holds no weights for PyTorch')
         self._check_weights(everything=True)
         return self.eager.state_dict(*args, **kwargs)
 

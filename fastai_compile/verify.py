@@ -15,8 +15,7 @@ from fastai.callback.core import Callback
 from fastcore.foundation import L
 from .backends.base import Table
 from .errors import InputError, VerificationError
-from .example import (example_batch, fresh_loader, plain, preserved, split_batch, synthetic_items, _has_rows,
-                                    _names)
+from .example import fresh_loader, plain, preserved, split_batch, synthetic_items, _has_rows, _names
 
 # %% ../nbs/08_verify.ipynb #e0d70df8
 EAGER_FACTOR = 10    # The compiled model may be this many times as far from fp64 as eager is ...
@@ -94,7 +93,8 @@ def check_numbers(
             if spec.batched: want = want[:n]
             where = f'output {spec.name}, batch {n}'
             if g.shape != want.shape or g.dtype != want.dtype:
-                raise VerificationError(f'{where}: {list(g.shape)} {g.dtype} instead of {list(want.shape)} {want.dtype}')
+                raise VerificationError(f'{where}: {list(g.shape)} {g.dtype} '
+                                        f'instead of {list(want.shape)} {want.dtype}')
             rows = ref.example.rows[:n] if spec.batched else ['all']
             if not g.is_floating_point():
                 if not torch.equal(g, want):
@@ -137,6 +137,13 @@ def _matters(cb):
     if type(cb).__name__ == 'Recorder': return False
     return type(cb).__name__ == 'CastToTensor' or any(hasattr(cb, e) for e in _MATTER)
 
+def _own_copy(cb):
+    "A callback with containers of its own: what it appends to is not the user's"
+    res = copy.copy(cb)
+    for k, v in vars(cb).items():
+        if isinstance(v, (list, dict, set, L)): vars(res)[k] = copy.copy(v)
+    return res
+
 def shadow(
     learn, # Learner; not changed
     model, # What stands in for its model
@@ -146,7 +153,7 @@ def shadow(
     for cb in learn.cbs: vars(res).pop(cb.name, None)
     res.cbs, res.opt, res.model, res.create_mbar, res.logger = L(), None, model, False, lambda *a, **k: None
     for cb in learn.cbs:
-        if _matters(cb): res.add_cb(copy.copy(cb))
+        if _matters(cb): res.add_cb(_own_copy(cb))
     res._end_cleanup()
     return res
 
@@ -195,11 +202,12 @@ def _compare_answers(before, after, rows, decode, limit):
                                     f'worst: {_worst(_row_error(a, b, True), rows)}')
         bad = da != db
         if not bad.any(): continue
-        if da.is_floating_point() and da.shape == a.shape:  # a regression decodes to its own numbers, and those are in `diff`
+        # A regression decodes to its own numbers, and those are in `diff`
+        if da.is_floating_point() and da.shape == a.shape:
             err = _row_error(da, db, True)
             if err.max() > allowed: raise VerificationError(f'the decoded answers differ; worst: {_worst(err, rows)}')
             continue
-        def near_within(d):
+        def near_within(d, a=a, da=da):
             near = _undecided(a, da, d)
             return _flips(decode, a, d, da) if near is None else near
         near = near_within(diff)
@@ -336,7 +344,8 @@ def _check_predict(learn, captured, model, items, table, notes, limit):
         ts, ds = [leaves(r[2]) for r in (b, a)], [leaves(r[1]) for r in (b, a)]
         for x, y in zip(*ts): worst = max(worst, (x.double()-y.double()).abs().max().item())
         flipped = _compare_answers((ts[0], ds[0]), (ts[1], ds[1]), [f'predict item {name}'], lambda p: p, limit)
-        decided = all(not d.is_floating_point() for d in ds[0])  # a regression's decoded numbers were compared as tensors
+        # A regression's decoded numbers were compared as tensors
+        decided = all(not d.is_floating_point() for d in ds[0])
         if decided and not flipped and not hasattr(b[0], 'iloc') and str(b[0]) != str(a[0]):
             raise VerificationError(f'learn.predict decodes item {name} to {str(a[0])[:200]!r}, '
                                     f'before it was {str(b[0])[:200]!r}')
