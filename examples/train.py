@@ -34,4 +34,4 @@ def train(learn):
 if __name__ == '__main__':
     learn = make_learner(sys.argv[1] if len(sys.argv) > 1 else 'demo_out')
     train(learn)
-    learn.export('digits.pkl', compile=True)
+    print(learn.export('digits.pkl', compile=True))

@@ -16,16 +16,19 @@ from .errors import InputError, NotTrainable
 class WeightWatch:
     "Notices weights that change under a compiled model"
     part = 2**16   # Elements that one call adds up
-    def __init__(self, tensors):
-        self.tensors, self.i = [t for t in tensors if t.numel()], 0
-        self.counted = [t for t in self.tensors if not t.is_inference()] # an inference tensor has no counter
-        self.parts = [(t, i) for t in self.tensors for i in range(0, t.numel()*t.element_size()//4 or 1, self.part)]
+    def __init__(self, module):
+        owners = [d for m in (module.modules() if module is not None else ()) for d in (m._parameters, m._buffers)]
+        slots = [(d, k, t) for d in owners for k, t in d.items() if t is not None and t.numel()]
+        self.i, self.counted = 0, [t for *_, t in slots if not t.is_inference()] # an inference tensor has no counter
+        self.parts = [(s, i) for s in slots for i in range(0, s[2].numel()*s[2].element_size()//4 or 1, self.part)]
         self.version, self.sums = self._version(), [self._sum(*p) for p in self.parts]
 
     def _version(self): return sum([t._version for t in self.counted])
 
-    def _sum(self, t, start):
-        "Address and checksum of one part"
+    def _sum(self, slot, start):
+        "Address and checksum of one part; None where the tensor was replaced"
+        d, k, t = slot
+        if d.get(k) is not t: return None
         flat = t.detach().contiguous().view(-1)
         flat = flat.view(torch.uint8 if flat.numel()*flat.element_size() % 4 else torch.int32)
         return t.data_ptr(), flat[start:start+self.part].sum().item()
@@ -78,7 +81,7 @@ class CompiledModel(nn.Module):
         self._reset()
 
     def _reset(self):
-        vars(self).update(_run=None, _pid=None, _watch=WeightWatch(self._weights()))
+        vars(self).update(_run=None, _pid=None, _watch=WeightWatch(self.eager))
 
     # ---- running
     def runner(self):
@@ -136,6 +139,7 @@ class CompiledModel(nn.Module):
 
     def _check_one(self, i, x, spec):
         if not isinstance(x, torch.Tensor): raise InputError(f'input {i} is a {type(x).__name__}, not a tensor')
+        if x.layout is not torch.strided: raise InputError(f'input {i} is {x.layout}: call `.to_dense()` first')
         if x.dtype != spec.dtype:
             want = _dtype(spec.dtype)
             raise InputError(f'input {i} is {_dtype(x.dtype)}, needed is {want}: call `.to(torch.{want})` first')

@@ -10,7 +10,7 @@ import os, re, shlex, shutil, sys, tempfile, time, zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import torch
-from .base import (Payload, Placement, Probe, backend_options, cpu_flags, cpu_threads, host,
+from .base import (Payload, Placement, Probe, backend_options, cpu_threads, host,
                                           register_backend, torch_threads)
 from ..capture import quiet
 from ..config import nearest
@@ -43,32 +43,23 @@ def _of_mode(mode):
         raise ConfigError(f'mode={mode!r} means CUDA graphs, and nothing on a CPU: leave it out')
     return opts
 
-def _check_options(opts):
-    known, defaults = torch._inductor.list_options(), torch._inductor.config.get_config_copy()
+def _settings(config, name):
+    "What `config.options` say: (True, False or 'auto' for freezing, inductor's configuration). Raises `ConfigError`"
+    with quiet(): import torch._inductor
+    opts = backend_options(config, name, None)
+    known = torch._inductor.config.get_config_copy() # It differs between versions
+    freezing, mode = opts.pop('freezing', 'auto'), opts.pop('mode', 'default')
+    if freezing not in (True, False, 'auto'): raise ConfigError(f"freezing={freezing!r}: choose True, False or 'auto'")
     for k, v in opts.items():
         if k not in known:
             raise ConfigError(f'inductor of torch {torch.__version__} has no option {k!r}.'
                               f'{nearest(k, [*known, "mode"])} `torch._inductor.list_options()` lists them')
         if k.startswith(_RESERVED): raise ConfigError(f'the option {k!r} is not free: opening the file depends on it')
-        if defaults.get(k) is not None and not isinstance(v, type(defaults[k])):
-            raise ConfigError(f'{k}={v!r}: must be a {type(defaults[k]).__name__}')
-
-def _settings(config, name):
-    "What `config.options` say: (True, False or 'auto' for freezing, inductor's configuration). Raises `ConfigError`"
-    with quiet(): import torch._inductor
-    opts = backend_options(config, name, None)
-    freezing, mode = opts.pop('freezing', 'auto'), opts.pop('mode', 'default')
-    if freezing not in (True, False, 'auto'): raise ConfigError(f"freezing={freezing!r}: choose True, False or 'auto'")
-    _check_options(opts)
-    known = torch._inductor.list_options() # They differ between versions of PyTorch
+        if known[k] is not None and not isinstance(v, type(known[k])):
+            raise ConfigError(f'{k}={v!r}: must be a {type(known[k]).__name__}')
     settings = {k: v for k, v in _OURS.items() if k in known} | {'cpp.cxx': (None, _compiler())}
     if not shutil.which('openssl'): settings['aot_inductor.precompile_headers'] = False # Inductor hashes them with it
     return freezing, settings | _of_mode(mode) | opts
-
-def _flags(settings):
-    "The CPU extensions that the machine code may use: all of this CPU, unless the options say less"
-    less = (settings.get('cpp.march'), settings.get('cpp.simdlen')) == ('x86-64-v3', 256)
-    return [f for f in cpu_flags() if f in _V3] if less else cpu_flags()
 
 # %% ../../nbs/backends/30_inductor.ipynb #c38ae000
 def _why(e):
@@ -77,11 +68,8 @@ def _why(e):
     return f'{type(e).__name__}: ' + '\n'.join([l for l in lines if ' error: ' in l][:5] or lines)[:600]
 
 def _member(z, name):
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
     data = bytearray(z.getinfo(name).file_size)
     with z.open(name) as f: f.readinto(data)
-    for path in {cache_dir(), str(Path(cache_dir()).resolve())}: # asserts name their source file, and the folder names the user
-        data = data.replace(path.encode(), b'.'*len(path.encode()))
     return torch.frombuffer(data, dtype=torch.uint8)
 
 def _unpack(package):
@@ -95,15 +83,27 @@ def _unpack(package):
     return files, {'generated C++': count(r'^\s+cpp_\w+\('),
                    'PyTorch': count(r'aoti_torch_(?:cpu_\w+|proxy_executor_call_function)\(')}
 
+def _clamp(x, min=None, max=None):
+    if min is not None: x = torch.where(x < min, min, x)
+    return x if max is None else torch.where(x > max, max, x)
+
+_aten = torch.ops.aten
+_KEEP_NAN = {_aten.relu.default: lambda x: _clamp(x, 0),
+             _aten.hardtanh.default: lambda x, lo=-1, hi=1: _clamp(x, lo, hi),
+             _aten.clamp.default: _clamp, _aten.hardsigmoid.default: lambda x: _clamp(x+3, 0, 6)/6}
+
 def _compile(captured, settings, threads):
     "One compile. Raises `BackendError` with the reason"
     try:
         with tempfile.TemporaryDirectory() as folder, torch_threads(threads), torch.no_grad(), quiet():
-            path = torch._inductor.aoti_compile_and_package(captured.program, package_path=f'{folder}/model.pt2',
+            program = captured.program.run_decompositions(_KEEP_NAN) if settings['freezing'] else captured.program
+            path = torch._inductor.aoti_compile_and_package(program, package_path=f'{folder}/model.pt2',
                                                             inductor_configs=dict(settings))
             files, operators = _unpack(path)
     except Exception as e: raise BackendError(f'inductor could not compile the graph: {_why(e)}') from e
-    needs = {k: v for k, v in host().items() if k in ('torch', 'system', 'machine')} | {'cpu_flags': _flags(settings)}
+    needs = {k: v for k, v in host().items() if k in ('torch', 'system', 'machine', 'cpu_flags')}
+    if (settings.get('cpp.march'), settings.get('cpp.simdlen')) == ('x86-64-v3', 256):
+        needs['cpu_flags'] = [f for f in needs['cpu_flags'] if f in _V3]
     return Payload('inductor', files, needs=needs, placement=Placement('inductor on CPU', 'compiled', operators))
 
 # %% ../../nbs/backends/30_inductor.ipynb #19a30988
@@ -141,16 +141,39 @@ class InductorRunner:
         self.library, self.placement, self.threads = library, placement, threads
     def __call__(self, xs):
         try:
+            given = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
             with torch.no_grad(), torch_threads(self.threads): res = self.library.run(xs)
         except Exception as e:
             raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
-        given = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
         def own(o):
             if o.untyped_storage().data_ptr() in given: return o.clone(memory_format=torch.contiguous_format)
             return o.contiguous()
         return [own(o) for o in res]
 
 # %% ../../nbs/backends/30_inductor.ipynb #1e14ba0c
+def _likely_frozen(captured, config):
+    "Convolutions gain from packed weights where the batch is not tiny; little else does"
+    calls = [n for n in captured.program.graph.nodes if n.op == 'call_function']
+    return max(config.bs) >= 8 and any('conv' in str(n.target) for n in calls)
+
+@torch.no_grad()
+def _fault(run, captured, batches):
+    "What a compiled form gets wrong, or ''"
+    spoilt = [x.clone() for x in batches[0]]
+    for x in [x for x in spoilt if x.is_floating_point()][:1]: x[0] = float('nan')
+    def wrong(xs):
+        want = [o.double() for o in captured.module(*xs)]
+        def close(o, w):
+            atol = 1e-3*max(1., w.nan_to_num().abs().max().item())
+            return torch.allclose(o.double(), w, 1e-3, atol, equal_nan=True)
+        return not all(close(o, w) for o, w in zip(run(xs), want))
+    try:
+        if any(wrong(xs) for xs in batches): return 'other answers than PyTorch'
+    except BackendError as e: return str(e)
+    with suppress(Exception): # Some operators refuse a NaN
+        if wrong(spoilt): return 'a NaN in the input does not come out as one'
+    return ''
+
 class InductorBackend:
     "AOTInductor on the CPU"
     name, rewrites, shapes, cost = 'inductor', (), 'dynamic', 2
@@ -169,30 +192,33 @@ class InductorBackend:
         freezing, settings = _settings(config, self.name)
         if not (probe := self.probe('cpu')).usable:
             raise BackendUnavailable(f'inductor: {probe.reason}: `{probe.mend}`')
-        threads, start, made, errors = cpu_threads(config.threads), time.perf_counter(), {}, {}
+        threads, start, made, notes = cpu_threads(config.threads), time.perf_counter(), {}, {}
         likely = _likely_frozen(captured, config) if freezing == 'auto' else freezing
         for frozen in (likely, not likely)[:2 if freezing == 'auto' else 1]:
-            if made and time.perf_counter()-start > config.budget_s/4: break
-            try: made[frozen] = _compile(captured, settings | {'freezing': frozen}, threads)
-            except BackendError as e: errors[frozen] = e
-        if not made: raise errors[likely]
-        frozen, found = self._faster(made, captured, config, threads) if len(made) == 2 else (next(iter(made)), {})
-        if freezing == 'auto' and len(made) == 1:
-            why = [f'freezing={k}: {e}' for k, e in errors.items()] or ['one compile took over a quarter of budget_s']
-            found = {'not measured': why[0]}
+            if made and time.perf_counter()-start > config.budget_s/4:
+                notes['not measured'] = 'one compile took over a quarter of budget_s'
+            else:
+                try: made[frozen] = _compile(captured, settings | {'freezing': frozen}, threads)
+                except BackendError as e: notes[f'freezing={frozen}'] = error = e
+        if not made: raise error
+        frozen = self._choose(made, captured, config, threads, notes)
         opts = {k: v for k, v in backend_options(config, self.name, None).items() if k != 'freezing'}
-        made[frozen].choices = {'freezing': frozen, **found, 'options': opts}
+        made[frozen].choices = {'freezing': frozen, **notes, 'options': opts}
         return made[frozen]
 
-    def _faster(self, made, captured, config, threads):
-        "Time both forms: (True where the frozen one is faster beyond the noise, what was found)"
+    def _choose(self, made, captured, config, threads, notes):
+        "The faster of the forms that are right; `notes` says what was found"
         batches = [[x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n] for x in captured.example.xb] for n in config.bs]
-        runs = {k: self.load(made[k], 'cpu', threads) for k in made}
-        if not _agree(runs, batches): return False, {'not measured': 'the frozen form fails, or gives other answers'}
+        runs = {k: self.load(p, 'cpu', threads) for k, p in made.items()}
+        faults = {k: f for k, run in runs.items() if (f := _fault(run, captured, batches))}
+        notes.update({f'freezing={k}': f for k, f in faults.items()})
+        good = [k for k in made if k not in faults] or list(made)
+        if len(good) < 2: return good[0]
         t = interleave({k: lambda run=run: [run(xs) for xs in batches] for k, run in runs.items()}, budget_s=10)
-        ms = {name: float(f'{t[k].median_ms:.3g}') for name, k in (('frozen', True), ('not frozen', False))}
-        found = {'measured_ms': ms, 'frozen over not frozen': repr(ratio(t[True], t[False]))}
-        return is_faster(t[True], t[False]), found
+        names = {'frozen': True, 'not frozen': False}
+        notes['measured_ms'] = {name: float(f'{t[k].median_ms:.3g}') for name, k in names.items()}
+        notes['frozen over not frozen'] = repr(ratio(t[True], t[False]))
+        return is_faster(t[True], t[False])
 
     def load(self, payload, device, threads):
         with _unpacked(payload.files) as folder:
@@ -203,15 +229,5 @@ class InductorBackend:
                 raise BackendError(f'the compiled library cannot be opened: {_why(e)}{hint}') from e
         placement = Placement(payload.placement.target, 'executed', payload.placement.operators)
         return InductorRunner(library, placement, threads)
-
-def _likely_frozen(captured, config):
-    "Convolutions gain from packed weights where the batch is not tiny; little else does"
-    calls = [n for n in captured.program.graph.nodes if n.op == 'call_function']
-    return max(config.bs) >= 8 and any('conv' in str(n.target) for n in calls)
-
-def _agree(runs, batches):
-    close = lambda a, b: torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
-    try: return all(close(a, b) for xs in batches for a, b in zip(runs[True](xs), runs[False](xs)))
-    except BackendError: return False
 
 register_backend(InductorBackend());
