@@ -354,6 +354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_compile.model.CompiledModel.to': ('model.html#compiledmodel.to', 'fastai_compile/model.py'),
                                       'fastai_compile.model.CompiledModel.train': ( 'model.html#compiledmodel.train',
                                                                                     'fastai_compile/model.py'),
+                                      'fastai_compile.model.CompiledModel.weight': ( 'model.html#compiledmodel.weight',
+                                                                                     'fastai_compile/model.py'),
                                       'fastai_compile.model.WeightWatch': ('model.html#weightwatch', 'fastai_compile/model.py'),
                                       'fastai_compile.model.WeightWatch.__init__': ( 'model.html#weightwatch.__init__',
                                                                                      'fastai_compile/model.py'),

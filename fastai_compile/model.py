@@ -167,6 +167,10 @@ class CompiledModel(nn.Module):
             raise NotTrainable('a weight of this compiled model was changed in place, and the compiled code does not '
                                'see it: call `learn.to_eager()` before changing weights, then export again')
 
+    @property
+    def weight(self):
+        "The first parameter; `learn.summary()` counts the parameters of layers that have a weight"
+        return next(self.parameters())
     def named_parameters(self, *args, **kwargs):
         own = super().named_parameters if self.eager is None else self.eager.named_parameters
         return own(*args, **kwargs)
