@@ -430,7 +430,11 @@ class LearnerBox:
         "The learner, ready to run. Nothing is compiled unless the caller asked for 'rebuild'"
         learn = self.learn
         if not problems:
-            learn.model.runner()
+            try: learn.model.runner()
+            except CompileError as e:
+                if on_mismatch == 'raise': raise
+                problems = [str(e)]
+        if not problems:
             problems = [why] if (why := reference_error(learn.model)) else []
             if not problems: return learn
             if on_mismatch == 'raise':

@@ -68,9 +68,12 @@ def _why(e):
     return f'{type(e).__name__}: ' + '\n'.join([l for l in lines if ' error: ' in l][:5] or lines)[:600]
 
 def _member(z, name):
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     data = bytearray(z.getinfo(name).file_size)
     with z.open(name) as f: f.readinto(data)
-    return torch.frombuffer(data, dtype=torch.uint8)
+    for path in {cache_dir(), str(Path(cache_dir()).resolve())}: # asserts name their source file, and the folder names the user
+        data = re.sub(re.escape(path.encode()) + rb'[^\0]*', lambda m: b'.'*len(m[0]), data)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 def _unpack(package):
     "({file: bytes} that loading needs, {where: how many operators run there}) of an AOTInductor package"
