@@ -10,8 +10,7 @@ import os, re, shlex, shutil, sys, tempfile, time, zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import torch
-from .base import (Payload, Placement, Probe, backend_options, cpu_threads, host,
-                                          register_backend, torch_threads)
+from .base import Payload, Placement, Probe, backend_options, cpu_threads, host, register_backend, torch_threads
 from ..capture import quiet
 from ..config import nearest
 from ..errors import BackendError, BackendUnavailable, ConfigError
@@ -22,11 +21,9 @@ _OURS = {'cpp.dynamic_threads': True,
          'aot_inductor.check_lowerbound': False, 'aot_inductor.check_upperbound': False, # `CompiledModel` checks
          'aot_inductor.enable_line_tables': False, # 1 MB of debug information, with paths of the machine that exported
          'autotune_num_choices_displayed': 0, 'max_autotune_report_choices_stats': False}
-_RESERVED = ('cpp.dynamic_threads', 'aot_inductor.check_', 'aot_inductor.package', 'aot_inductor.output_path',
-             'aot_inductor.cross_target', 'aot_inductor.custom_op', 'aot_inductor.use_minimal_arrayref',
-             'aot_inductor.allow_stack_allocation', 'aot_inductor_mode.', 'fx_wrapper')
-_V3 = ('abm', 'avx', 'avx2', 'bmi1', 'bmi2', 'f16c', 'fma', 'movbe', 'popcnt', 'sse', 'sse2', 'sse4_1', 'sse4_2',
-       'ssse3')
+_RESERVED = ('cpp.dynamic_threads', 'aot_inductor.check_', 'aot_inductor.package', 'aot_inductor.output_path', 'aot_inductor_mode.',
+             'aot_inductor.cross_target', 'aot_inductor.use_minimal_arrayref', 'aot_inductor.allow_stack_allocation', 'fx_wrapper')
+_V3 = ('abm', 'avx', 'avx2', 'bmi1', 'bmi2', 'f16c', 'fma', 'movbe', 'popcnt', 'sse', 'sse2', 'sse4_1', 'sse4_2', 'ssse3')
 
 def _compiler():
     "The C++ compiler to call, or None"
@@ -36,27 +33,22 @@ def _compiler():
 def _of_mode(mode):
     "The options behind a mode of `torch.compile`, as far as they mean something on a CPU"
     modes = torch._inductor.list_mode_options()
-    if mode not in modes:
-        raise ConfigError(f'inductor has no mode {mode!r}.{nearest(mode, modes)} Its modes: {", ".join(modes)}')
+    if mode not in modes: raise ConfigError(f'inductor has no mode {mode!r}.{nearest(mode, modes)} Its modes: {", ".join(modes)}')
     opts = {k: v for k, v in modes[mode].items() if not k.startswith('triton.')}
-    if modes[mode] and not opts:
-        raise ConfigError(f'mode={mode!r} means CUDA graphs, and nothing on a CPU: leave it out')
+    if modes[mode] and not opts: raise ConfigError(f'mode={mode!r} means CUDA graphs, and nothing on a CPU: leave it out')
     return opts
 
 def _settings(config, name):
     "What `config.options` say: (True, False or 'auto' for freezing, inductor's configuration). Raises `ConfigError`"
     with quiet(): import torch._inductor
-    opts = backend_options(config, name, None)
-    known = torch._inductor.config.get_config_copy() # It differs between versions
+    opts, known = backend_options(config, name, None), torch._inductor.config.get_config_copy() # It differs between versions
     freezing, mode = opts.pop('freezing', 'auto'), opts.pop('mode', 'default')
     if freezing not in (True, False, 'auto'): raise ConfigError(f"freezing={freezing!r}: choose True, False or 'auto'")
     for k, v in opts.items():
-        if k not in known:
-            raise ConfigError(f'inductor of torch {torch.__version__} has no option {k!r}.'
-                              f'{nearest(k, [*known, "mode"])} `torch._inductor.list_options()` lists them')
+        if k not in known: raise ConfigError(f'inductor of torch {torch.__version__} has no option {k!r}.{nearest(k, [*known, "mode"])} '
+                                             '`torch._inductor.list_options()` lists them')
         if k.startswith(_RESERVED): raise ConfigError(f'the option {k!r} is not free: opening the file depends on it')
-        if known[k] is not None and not isinstance(v, type(known[k])):
-            raise ConfigError(f'{k}={v!r}: must be a {type(known[k]).__name__}')
+        if known[k] is not None and not isinstance(v, type(known[k])): raise ConfigError(f'{k}={v!r}: must be a {type(known[k]).__name__}')
     settings = {k: v for k, v in _OURS.items() if k in known} | {'cpp.cxx': (None, _compiler())}
     if not shutil.which('openssl'): settings['aot_inductor.precompile_headers'] = False # Inductor hashes them with it
     return freezing, settings | _of_mode(mode) | opts
@@ -68,12 +60,9 @@ def _why(e):
     return f'{type(e).__name__}: ' + '\n'.join([l for l in lines if ' error: ' in l][:5] or lines)[:600]
 
 def _member(z, name):
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
     data = bytearray(z.getinfo(name).file_size)
     with z.open(name) as f: f.readinto(data)
-    for path in {cache_dir(), str(Path(cache_dir()).resolve())}: # asserts name their source file, and the folder names the user
-        data = re.sub(re.escape(path.encode()) + rb'[^\0]*', lambda m: b'.'*len(m[0]), data)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 def _unpack(package):
     "({file: bytes} that loading needs, {where: how many operators run there}) of an AOTInductor package"
@@ -83,25 +72,21 @@ def _unpack(package):
         files = {k: _member(z, n) for k, n in found.items() if n in z.namelist()}
         source = ''.join(z.read(n).decode() for n in z.namelist() if n.endswith('wrapper.cpp'))
     count = lambda pattern: len(re.findall(pattern, source, re.M))
-    return files, {'generated C++': count(r'^\s+cpp_\w+\('),
-                   'PyTorch': count(r'aoti_torch_(?:cpu_\w+|proxy_executor_call_function)\(')}
+    return files, {'generated C++': count(r'^\s+cpp_\w+\('), 'PyTorch': count(r'aoti_torch_(?:cpu_\w+|proxy_executor_call_function)\(')}
 
 def _clamp(x, min=None, max=None):
     if min is not None: x = torch.where(x < min, min, x)
     return x if max is None else torch.where(x > max, max, x)
 
-_aten = torch.ops.aten
-_KEEP_NAN = {_aten.relu.default: lambda x: _clamp(x, 0),
-             _aten.hardtanh.default: lambda x, lo=-1, hi=1: _clamp(x, lo, hi),
-             _aten.clamp.default: _clamp, _aten.hardsigmoid.default: lambda x: _clamp(x+3, 0, 6)/6}
+_KEEP_NAN = {torch.ops.aten.relu.default: lambda x: _clamp(x, 0), torch.ops.aten.hardtanh.default: lambda x, lo=-1, hi=1: _clamp(x, lo, hi),
+             torch.ops.aten.hardsigmoid.default: lambda x: _clamp(x+3, 0, 6)/6, torch.ops.aten.clamp.default: _clamp}
 
 def _compile(captured, settings, threads):
     "One compile. Raises `BackendError` with the reason"
     try:
         with tempfile.TemporaryDirectory() as folder, torch_threads(threads), torch.no_grad(), quiet():
             program = captured.program.run_decompositions(_KEEP_NAN) if settings['freezing'] else captured.program
-            path = torch._inductor.aoti_compile_and_package(program, package_path=f'{folder}/model.pt2',
-                                                            inductor_configs=dict(settings))
+            path = torch._inductor.aoti_compile_and_package(program, package_path=f'{folder}/model.pt2', inductor_configs=dict(settings))
             files, operators = _unpack(path)
     except Exception as e: raise BackendError(f'inductor could not compile the graph: {_why(e)}') from e
     needs = {k: v for k, v in host().items() if k in ('torch', 'system', 'machine', 'cpu_flags')}
@@ -111,17 +96,14 @@ def _compile(captured, settings, threads):
 
 # %% ../../nbs/backends/30_inductor.ipynb #19a30988
 _PREFIX = 'fastai_compile-'
-_TEMP = ('set TMPDIR to a folder that can be written to and is not mounted noexec; '
-         'in a container: `-e TMPDIR=/scratch --tmpfs /scratch:exec`')
+_TEMP = 'set TMPDIR to a folder that can be written to and is not mounted noexec; in a container: `-e TMPDIR=/scratch --tmpfs /scratch:exec`'
 
 def _sweep(older_s=60):
-    """Remove the folders of killed processes. Young ones stay: processes of a neighbouring container cannot be seen
-    from here"""
+    "Remove the folders of killed processes. Young ones stay: processes of a neighbouring container cannot be seen from here"
     for folder in Path(tempfile.gettempdir()).glob(f'{_PREFIX}*-*'):
         pid = folder.name[len(_PREFIX):].split('-')[0]
         with suppress(OSError):
-            if pid.isdigit() and not Path(f'/proc/{pid}').exists() and time.time()-folder.stat().st_mtime > older_s:
-                shutil.rmtree(folder)
+            if pid.isdigit() and not Path(f'/proc/{pid}').exists() and time.time()-folder.stat().st_mtime > older_s: shutil.rmtree(folder)
 
 @contextmanager
 def _unpacked(files):
@@ -133,43 +115,32 @@ def _unpacked(files):
         for name, data in files.items(): (folder/name).write_bytes(data.numpy().data)
         yield folder
     except OSError as e:
-        raise BackendError('a compiled model is opened through the temporary folder, and that failed '
-                           f'({e}): {_TEMP}') from e
+        raise BackendError(f'a compiled model is opened through the temporary folder, and that failed ({e}): {_TEMP}') from e
     finally:
         if folder is not None: shutil.rmtree(folder, ignore_errors=True)
 
 class InductorRunner:
     "A compiled library as a function of tensors; safe to call from many threads"
-    def __init__(self, library, placement, threads):
-        self.library, self.placement, self.threads = library, placement, threads
+    def __init__(self, library, placement, threads): self.library, self.placement, self.threads = library, placement, threads
     def __call__(self, xs):
         try:
             given = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
             with torch.no_grad(), torch_threads(self.threads): res = self.library.run(xs)
-        except Exception as e:
-            raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
-        def own(o):
-            if o.untyped_storage().data_ptr() in given: return o.clone(memory_format=torch.contiguous_format)
-            return o.contiguous()
-        return [own(o) for o in res]
+        except Exception as e: raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
+        return [o.clone(memory_format=torch.contiguous_format) if o.untyped_storage().data_ptr() in given else o.contiguous() for o in res]
 
 # %% ../../nbs/backends/30_inductor.ipynb #1e14ba0c
 def _likely_frozen(captured, config):
     "Convolutions gain from packed weights where the batch is not tiny; little else does"
-    calls = [n for n in captured.program.graph.nodes if n.op == 'call_function']
-    return max(config.bs) >= 8 and any('conv' in str(n.target) for n in calls)
+    return max(config.bs) >= 8 and any('conv' in str(n.target) for n in captured.program.graph.nodes if n.op == 'call_function')
 
 @torch.no_grad()
 def _fault(run, captured, batches):
     "What a compiled form gets wrong, or ''"
     spoilt = [x.clone() for x in batches[0]]
     for x in [x for x in spoilt if x.is_floating_point()][:1]: x[0] = float('nan')
-    def wrong(xs):
-        want = [o.double() for o in captured.module(*xs)]
-        def close(o, w):
-            atol = 1e-3*max(1., w.nan_to_num().abs().max().item())
-            return torch.allclose(o.double(), w, 1e-3, atol, equal_nan=True)
-        return not all(close(o, w) for o, w in zip(run(xs), want))
+    def near(a, b): return torch.allclose(a, b, rtol=1e-3, atol=1e-3*max(1., b.nan_to_num().abs().max().item()), equal_nan=True)
+    def wrong(xs): return not all(near(o.double(), w.double()) for o, w in zip(run(xs), captured.module(*xs)))
     try:
         if any(wrong(xs) for xs in batches): return 'other answers than PyTorch'
     except BackendError as e: return str(e)
@@ -181,10 +152,8 @@ class InductorBackend:
     "AOTInductor on the CPU"
     name, rewrites, shapes, cost = 'inductor', (), 'dynamic', 2
     def probe(self, device):
-        if sys.platform != 'linux':
-            return Probe(False, f'it compiles on Linux only, this is {sys.platform}', 'use Linux or a container')
-        if (cxx := _compiler()) is None:
-            return Probe(False, 'no C++ compiler: neither $CXX nor g++ nor clang++', 'apt-get install g++')
+        if sys.platform != 'linux': return Probe(False, f'it compiles on Linux only, this is {sys.platform}', 'use Linux or a container')
+        if (cxx := _compiler()) is None: return Probe(False, 'no C++ compiler: neither $CXX nor g++ nor clang++', 'apt-get install g++')
         return Probe(True, f'PyTorch {torch.__version__}, {Path(shlex.split(cxx)[0]).name}')
 
     def coverage(self, captured, config):
@@ -193,16 +162,14 @@ class InductorBackend:
 
     def compile(self, captured, config):
         freezing, settings = _settings(config, self.name)
-        if not (probe := self.probe('cpu')).usable:
-            raise BackendUnavailable(f'inductor: {probe.reason}: `{probe.mend}`')
+        if not (probe := self.probe('cpu')).usable: raise BackendUnavailable(f'inductor: {probe.reason}: `{probe.mend}`')
         threads, start, made, notes = cpu_threads(config.threads), time.perf_counter(), {}, {}
         likely = _likely_frozen(captured, config) if freezing == 'auto' else freezing
         for frozen in (likely, not likely)[:2 if freezing == 'auto' else 1]:
-            if made and time.perf_counter()-start > config.budget_s/4:
-                notes['not measured'] = 'one compile took over a quarter of budget_s'
+            if made and time.perf_counter()-start > config.budget_s/4: notes['not measured'] = 'one compile took over a quarter of budget_s'
             else:
                 try: made[frozen] = _compile(captured, settings | {'freezing': frozen}, threads)
-                except BackendError as e: notes[f'freezing={frozen}'] = error = e
+                except BackendError as e: error, notes[f'freezing={frozen}'] = e, str(e)
         if not made: raise error
         frozen = self._choose(made, captured, config, threads, notes)
         opts = {k: v for k, v in backend_options(config, self.name, None).items() if k != 'freezing'}
@@ -218,8 +185,7 @@ class InductorBackend:
         good = [k for k in made if k not in faults] or list(made)
         if len(good) < 2: return good[0]
         t = interleave({k: lambda run=run: [run(xs) for xs in batches] for k, run in runs.items()}, budget_s=10)
-        names = {'frozen': True, 'not frozen': False}
-        notes['measured_ms'] = {name: float(f'{t[k].median_ms:.3g}') for name, k in names.items()}
+        notes['measured_ms'] = {name: float(f'{t[k].median_ms:.3g}') for name, k in (('frozen', True), ('not frozen', False))}
         notes['frozen over not frozen'] = repr(ratio(t[True], t[False]))
         return is_faster(t[True], t[False])
 
@@ -230,7 +196,6 @@ class InductorBackend:
             except Exception as e:
                 hint = f'\n{_TEMP}' if 'failed to map' in str(e) else ''
                 raise BackendError(f'the compiled library cannot be opened: {_why(e)}{hint}') from e
-        placement = Placement(payload.placement.target, 'executed', payload.placement.operators)
-        return InductorRunner(library, placement, threads)
+        return InductorRunner(library, Placement(payload.placement.target, 'executed', payload.placement.operators), threads)
 
 register_backend(InductorBackend());
