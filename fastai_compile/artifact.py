@@ -9,7 +9,9 @@ __all__ = ['MAGIC', 'FORMAT', 'make_blob', 'read_blob', 'open_blob', 'pickle_glo
 # %% ../nbs/06_artifact.ipynb #ddaa71d7
 import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickletools
 import re, shutil, stat, struct, sys, tempfile, zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 import torch
 from .backends.base import host, unmet
 from .errors import ArtifactError, CompileError, ConfigError, HostMismatch, MissingDefinition, WriteError
@@ -119,7 +121,8 @@ def pickle_globals(
     with zipfile.ZipFile(io.BytesIO(inner)) as z:
         data = z.read(next(n for n in z.namelist() if n.endswith('/data.pkl')))
     found, strings, memo, last = set(), [], {}, None
-    for op, arg, _ in pickletools.genops(data):
+    ops: Iterable[tuple[Any, Any, Any]] = pickletools.genops(data)
+    for op, arg, _ in ops:
         if op.name == 'GLOBAL': found.add(tuple(arg.split(' ', 1)))
         elif op.name == 'STACK_GLOBAL' and len(strings) > 1: found.add((strings[-2], strings[-1]))
         elif op.name in _STRINGS: strings.append(arg); last = arg; continue

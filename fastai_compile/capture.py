@@ -17,6 +17,7 @@ from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.torch_core import TensorBase
 from .errors import CaptureError
 from .example import Example
+from .indices import IndexGuard
 from .rewrites import apply_rewrites, copy_model
 
 # %% ../nbs/04_capture.ipynb #ba1950aa
@@ -45,7 +46,7 @@ def structure_of(
 )->Structure:
     "The structure of a model's output. Raises `CaptureError` for what cannot be rebuilt"
     leaves, spec = pytree.tree_flatten(out)
-    seen, res = {}, []
+    seen, res = {}, list[tuple[Any, Any]]()
     for o in leaves:
         if isinstance(o, torch.Tensor): res.append((seen.setdefault(id(o), len(seen)), type(o)))
         elif o is None or isinstance(o, (bool, int, float, str)): res.append((None, o))
@@ -71,6 +72,7 @@ class TensorSpec:
     dtype:torch.dtype
     shape:tuple      # None where the size varies
     batched:bool     # The first dimension is the batch
+    ranges:tuple=()  # (dimension, smallest, largest size) of what varies besides the batch
 
     def __repr__(self):
         free = lambda i: 'batch' if i == 0 and self.batched else '*'
@@ -146,8 +148,11 @@ def _check_model(model):
                 'without that state; a language model has not: export it with `compile=None`, or wrap its encoder '
                 'in a classifier')
 
-def _spec(name, t, batched):
-    return TensorSpec(name, t.dtype, tuple(int(d) if isinstance(d, int) else None for d in t.shape), batched)
+def _spec(name, t, batched, bounds):
+    shape = tuple(int(d) if isinstance(d, int) else None for d in t.shape)
+    found = {i: bounds.get(t.shape[i].node.expr) for i, d in enumerate(shape) if d is None and not (batched and i == 0)}
+    ranges = tuple((i, int(b.lower), int(b.upper)) for i, b in found.items() if b is not None)
+    return TensorSpec(name, t.dtype, shape, batched, ranges)
 
 def _io_specs(program, xs):
     "Inputs and outputs of a program, from the sizes it proved"
@@ -156,8 +161,8 @@ def _io_specs(program, xs):
     outs = [nodes[n].meta['val'] for n in program.graph_signature.user_outputs]
     batch = str(vals[0].shape[0])
     same = lambda t: len(t.shape) > 0 and str(t.shape[0]) == batch
-    specs = lambda c, ts: tuple(_spec(f'{c}{i}', t, same(t)) for i, t in enumerate(ts))
-    return specs('x', vals), specs('y', outs)
+    specs = lambda c, ts, bounds: tuple(_spec(f'{c}{i}', t, same(t), bounds) for i, t in enumerate(ts))
+    return specs('x', vals, program.range_constraints), specs('y', outs, {})
 
 def _same(a, b):
     close = lambda x, y: torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -210,5 +215,6 @@ def capture(
     if fixed:
         raise CaptureError(f'the model fixes the batch of {", ".join(fixed)}: '
                            'no file for other batches can be made of it')
+    if (indices := IndexGuard(program)).limits: guards.append(indices)
     return Captured(program, module, eager, structure, inputs, outputs, example, max(2, max_bs), used, guards,
                     time.perf_counter()-start)

@@ -6,7 +6,7 @@
 __all__ = ['WeightWatch', 'CompiledModel']
 
 # %% ../nbs/05_model.ipynb #b9970855
-import copy, os, threading
+import os, threading, time
 import torch
 from torch import nn
 from .backends.base import cpu_threads, get_backend
@@ -15,13 +15,13 @@ from .errors import InputError, NotTrainable
 # %% ../nbs/05_model.ipynb #68365284
 class WeightWatch:
     "Notices weights that change under a compiled model"
-    part = 2**16   # Elements that one call adds up
+    part, every_s, at_most = 2**16, 5e-4, 8 # Numbers in a part; a part is due every `every_s`; parts of one call
     def __init__(self, module):
         owners = [d for m in (module.modules() if module is not None else ()) for d in (m._parameters, m._buffers)]
         slots = [(d, k, t) for d in owners for k, t in d.items() if t is not None and t.numel()]
         self.i, self.counted = 0, [t for *_, t in slots if not t.is_inference()] # an inference tensor has no counter
         self.parts = [(s, i) for s in slots for i in range(0, s[2].numel()*s[2].element_size()//4 or 1, self.part)]
-        self.version, self.sums = self._version(), [self._sum(*p) for p in self.parts]
+        self.version, self.sums, self.last = self._version(), [self._sum(*p) for p in self.parts], time.perf_counter()
 
     def _version(self): return sum([t._version for t in self.counted])
 
@@ -36,10 +36,14 @@ class WeightWatch:
     def changed(self, everything=False):
         "True when a change is seen"
         if self._version() != self.version: return True
-        if not self.parts: return False
         if everything: return any(self._sum(*p) != s for p, s in zip(self.parts, self.sums))
-        i = self.i = (self.i + 1) % len(self.parts)
-        return self._sum(*self.parts[i]) != self.sums[i]
+        now = time.perf_counter()
+        due = min(int((now-self.last)/self.every_s), self.at_most, len(self.parts))
+        if not due: return False
+        self.last, first = now, self.i
+        self.i = (first + due) % len(self.parts)
+        at = [(first+k) % len(self.parts) for k in range(due)]
+        return any(self._sum(*self.parts[k]) != self.sums[k] for k in at)
 
 # %% ../nbs/05_model.ipynb #8a1e491d
 class _Process:
@@ -57,6 +61,12 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fo
 
 def _dtype(d): return str(d).removeprefix('torch.')
 def _shapes(xs): return ', '.join(f'{list(x.shape)} {_dtype(x.dtype)}' for x in xs)
+
+def _as_is(x, spec):
+    "Whether `x` can be passed on without a look at each of its sizes: quick, for models that answer in microseconds"
+    return (type(x) is torch.Tensor and x.layout is torch.strided and x.dtype == spec.dtype and x.ndim == len(spec.shape)
+            and x.shape[1:] == spec.shape[1:] and x.is_cpu and x.is_contiguous()
+            and not (x.requires_grad or x.is_neg() or x.is_conj()))
 
 class CompiledModel(nn.Module):
     "A compiled function in the place of a PyTorch model"
@@ -130,9 +140,10 @@ class CompiledModel(nn.Module):
         "The inputs as plain contiguous tensors, and the batch. Raises `InputError`"
         if len(xs) != len(self.input_specs):
             raise InputError(f'{len(self.input_specs)} inputs are needed ({list(self.input_specs)}), not {len(xs)}')
-        res = [self._check_one(i, x, spec) for i, (x, spec) in enumerate(zip(xs, self.input_specs))]
-        n = res[0].shape[0]
-        if any(x.shape[0] != n for x in res): raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
+        res = [x if _as_is(x, spec) else self._check_one(i, x, spec) for i, (x, spec) in enumerate(zip(xs, self.input_specs))]
+        n = len(res[0])
+        for x in res:
+            if len(x) != n: raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
         for guard in self.guards:
             if why := guard(res): raise InputError(why)
         return res, n
@@ -150,7 +161,9 @@ class CompiledModel(nn.Module):
         for d, (size, own) in enumerate(zip(spec.shape, x.shape)):
             if size is not None and own != size:
                 raise InputError(f'input {i} has size {own} in dimension {d}, needed is {size}: {spec}')
-        if type(x) is torch.Tensor and x.is_contiguous() and not (x.requires_grad or x.is_neg() or x.is_conj()): return x
+        for d, lo, hi in spec.ranges:
+            if not lo <= x.shape[d] <= hi:
+                raise InputError(f'input {i} has size {x.shape[d]} in dimension {d}, needed is {lo} to {hi}: {spec}')
         return x.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
 
     def _empty(self, xs):

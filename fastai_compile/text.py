@@ -7,6 +7,7 @@ __all__ = ['WEIGHTS', 'MODE_LSTM', 'is_exact_for', 'text_problem', 'PlainLSTM', 
 
 # %% ../nbs/03_text.ipynb #b4002902
 from functools import partial
+from typing import Any
 import torch
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import PoolingLinearClassifier, SentenceEncoder
@@ -38,9 +39,14 @@ def text_problem(
     xs, # Inputs: token numbers, int64 [batch, length]
     bptt=72, # Tokens of a chunk
     pad_idx=1, # Number of the padding token
+    n_words=None, # Size of the vocabulary; None does not check
 )->str: # '' where the batch is fine
     "Why this batch cannot be answered exactly"
-    if xs[0].shape[0] == 0 or is_exact_for(xs[0], bptt, pad_idx): return ''
+    if xs[0].shape[0] == 0: return ''
+    if n_words and not (xs[0].min() >= 0 and xs[0].max() < n_words):
+        return (f'the tokens go from {xs[0].min()} to {xs[0].max()}, the vocabulary of this learner from 0 to {n_words-1}: '
+                'were they numbered with another one?')
+    if is_exact_for(xs[0], bptt, pad_idx): return ''
     return ('a row holds nothing but padding, or padding in the middle of a text: fastai does not make such batches, '
             'and its own model gives other or no answers for them')
 
@@ -95,7 +101,7 @@ class PlainTextClassifier(nn.Module):
     def from_fastai(cls, model: nn.Module) -> 'PlainTextClassifier':
         "Build from fastai's `model` in eval mode, sharing its parameters"
         encoder, head = model[0], model[1]
-        core = getattr(encoder, 'module', None)
+        core: Any = getattr(encoder, 'module', None)
         if len(model) != 2 or type(encoder) is not SentenceEncoder or type(head) is not PoolingLinearClassifier \
            or type(core) is not AWD_LSTM:
             raise TypeError('not a text classifier over AWD_LSTM')
@@ -156,7 +162,7 @@ def _is_text_classifier(m):
     return (isinstance(m, nn.Sequential) and len(m) == 2 and type(m[0]) is SentenceEncoder
             and type(m[1]) is PoolingLinearClassifier and type(getattr(m[0], 'module', None)) is AWD_LSTM)
 
-def _guard(m): return partial(text_problem, bptt=m[0].bptt, pad_idx=m[0].pad_idx)
+def _guard(m): return partial(text_problem, bptt=m[0].bptt, pad_idx=m[0].pad_idx, n_words=m[0].module.encoder.num_embeddings)
 
 register_rewrite(Rewrite('text_classifier', _is_text_classifier, PlainTextClassifier.from_fastai,
                          dims={0: {1: ('length', 1, 2**16)}}, guard=_guard));

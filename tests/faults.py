@@ -59,7 +59,8 @@ def damaged(data, kind, rng):
     "`data` with one bit flipped, or cut short"
     if kind == "truncation": return data[:rng.randrange(len(data))]
     # a third each: anywhere, in the first 4 kB (zip header, outer pickle, manifest), in the last 1 kB (the zip's directory)
-    at = rng.choice([rng.randrange(len(data)), rng.randrange(min(4096, len(data))), len(data) - 1 - rng.randrange(min(1024, len(data)))])
+    n = len(data)
+    at = rng.choice([rng.randrange(n), rng.randrange(min(4096, n)), n - 1 - rng.randrange(min(1024, n))])
     res = bytearray(data)
     res[at] ^= 1 << rng.randrange(8)
     return bytes(res)
@@ -80,7 +81,9 @@ def _try_some(path, kind, seed, count):
             for name, load in (("open_learner", open_learner), ("load_learner", load_learner)):
                 try: outcome = "identical" if torch.equal(_answer(load(bad)), good) else "SILENTLY WRONG"
                 except CompileError: outcome = "typed error"
-                except Exception as e: outcome = "other error" if name == "load_learner" else f"NOT TYPED {type(e).__name__}: {e}"[:300]
+                except Exception as e:
+                    untyped = f"NOT TYPED {type(e).__name__}: {e}"[:300]
+                    outcome = "other error" if name == "load_learner" else untyped
                 res[f"{name}: {outcome}"] = res.get(f"{name}: {outcome}", 0) + 1
             bad.unlink()
     return res

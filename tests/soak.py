@@ -13,9 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-from faults import damage, is_clean, kills, make_file  # noqa: E402
-from fastai_compile.backends.base import backends, get_backend  # noqa: E402
+import torch
+from faults import damage, is_clean, kills, make_file
+from fastai_compile.backends.base import backends, get_backend
 
 
 def main():
@@ -43,7 +43,8 @@ def main():
                 print(f"  {res[f'{name}, {kind}']}", flush=True)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = bool(subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True).stdout)
-    out = {"date": str(date.today()), "commit": commit + (" with changes" if dirty else ""), "command": " ".join(["python", "tests/soak.py", *sys.argv[1:]]),
+    out = {"date": str(date.today()), "commit": commit + (" with changes" if dirty else ""),
+           "command": " ".join(["python", "tests/soak.py", *sys.argv[1:]]),
            "torch": torch.__version__, "seconds": round(time.time() - start), "results": res}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(out, indent=1) + "\n")

@@ -1,4 +1,5 @@
 """Which backend is taken and how it is told; wrapped models; bad paths; what a compiled learner refuses."""
+import copy
 import dataclasses
 import io
 import json
@@ -12,9 +13,9 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import CrossEntropyLossFlat, Learner, load_learner, nn, noop
 
-from fastai_compile import (BackendUnavailable, CaptureError, CompiledModel, CompileError, ConfigError, NotTrainable, Report,
-                            WriteError, available_backends, inspect_artifact, open_learner, register_backend)
-from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend
+from fastai_compile import (BackendUnavailable, CaptureError, CompiledModel, CompileError, ConfigError, InputError, NotTrainable,
+                            Report, WriteError, available_backends, inspect_artifact, open_learner, register_backend)
+from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
 from helpers import (BACKENDS, Wrapped, assert_close, eager_of, make_learner, only, random_inputs, registered, run, small_cnn,
                      table_learner)
 
@@ -325,7 +326,7 @@ class TorchExport:
         buf = io.BytesIO()
         torch.export.save(captured.program, buf)
         data = torch.frombuffer(bytearray(buf.getvalue()), dtype=torch.uint8)
-        return Payload(self.name, {"model.pt2": data}, needs={"torch": torch.__version__})
+        return Payload(self.name, {"model.pt2": data}, needs={"torch": torch_version()})
 
     def load(self, payload, device, threads):
         module = torch.export.load(io.BytesIO(payload.files["model.pt2"].numpy().tobytes())).module()
@@ -542,3 +543,26 @@ def test_a_model_trained_elsewhere(image_folder, tmp_path):
     report = learn.export(tmp_path / "x.pkl", compile="onnxruntime")
     assert report.backend == "onnxruntime"
     _check(tmp_path / "x.pkl", learn, learn.model)
+
+
+# ---- images of any size
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+def test_height_and_width_may_vary(backend, artifacts, tmp_path):
+    learn = artifacts.learner("image")
+    options = {"freezing": False} if backend == "inductor" else {}
+    learn.export(tmp_path / "any.pkl", compile=backend, dynamic_size=True, options=options)
+    model, eager = open_learner(tmp_path / "any.pkl").model, eager_of(learn)
+    for n, h, w in ((1, 32, 32), (3, 16, 200), (2, 33, 57), (9, 96, 40)):
+        x = torch.randn(n, 3, h, w)
+        assert_close(run(model, [x]), run(eager, [x]))
+    for h, w in ((15, 32), (32, 15), (5000, 16)):
+        with pytest.raises(InputError, match="needed is 16 to 4096"): model(torch.zeros(1, 3, h, w))
+
+
+def test_a_model_of_one_size_refuses_to_vary(artifacts, tmp_path):
+    learn = copy.copy(artifacts.learner("image"))
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    with pytest.raises(CaptureError, match="leave `dynamic_size` out"):
+        learn.export(tmp_path / "no.pkl", compile="onnxruntime", dynamic_size=True)
+    assert not list(tmp_path.iterdir())

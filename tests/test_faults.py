@@ -2,8 +2,10 @@
 import io
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,16 +35,12 @@ def test_damaged_files_are_never_silently_wrong(exported, kind, count):
 def _plant_silence():
     "What the check above must catch: a file format that does not look at its bytes"
     import faults
-    from types import SimpleNamespace
-
     import torch
-    from fastai_compile import learner
     faults._answer = lambda learn: learn
     import fastai.learner
     import fastai_compile
     calls = iter(range(10**6))
     fastai_compile.open_learner = fastai.learner.load_learner = lambda p: torch.tensor(next(calls))
-    assert SimpleNamespace and learner
     return faults._try_some(__file__, "bit flip", 0, 5)
 
 
@@ -63,7 +61,6 @@ def test_killed_while_writing(tmp_path):
 
 
 def _write_with_limit(path, limit):
-    import signal
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try: write_artifact(path, {**FACTS, "name": "new"}, b"x" * 10**6)
@@ -152,3 +149,47 @@ def test_path_like_things(tmp_path):
     for bad, says in [(tmp_path, "is a folder"), (tmp_path / "a" / "b.pkl", "make it first"), (io.BytesIO(), "not to a BytesIO")]:
         with pytest.raises(WriteError, match=says): write_artifact(bad, FACTS, b"x")
     assert list(Path(tmp_path).iterdir()) == []
+
+
+CTRL_C = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import os, subprocess, time
+from pathlib import Path
+import torch
+from helpers import Files, table_learner
+from fastai_compile.backends import inductor
+folder = Path({folder!r})
+learn = table_learner(folder)
+path = (folder / "model.pkl").resolve()
+learn.export(path, compile="onnxruntime")
+before, model, weights = Files.of(folder), learn.model, [p.clone() for p in learn.model.parameters()]
+wanted = learn.get_preds()[0]
+started = inductor._compile
+def compile(*args):
+    print("compiling", flush=True)
+    return started(*args)
+inductor._compile = compile
+try: learn.export(path, compile="inductor")
+except KeyboardInterrupt: print("interrupted", flush=True)
+assert Files.of(folder) == before, "the old file"
+assert learn.model is model and all(torch.equal(a, b) for a, b in zip(model.parameters(), weights)), "the model"
+assert torch.equal(learn.get_preds()[0], wanted), "its answers"
+learn.fit(1)
+learn.export(path, compile="inductor", options={{"freezing": False}})
+print("exported again", flush=True)
+"""
+
+
+@pytest.mark.skipif(not get_backend("inductor").probe("cpu").usable, reason="inductor needs Linux and a C++ compiler")
+@pytest.mark.parametrize("after_s", [0.1, 1.5])
+def test_ctrl_c_while_the_compiler_runs(tmp_path, after_s):
+    "A real SIGINT to the whole process group, as a terminal sends it"
+    code = CTRL_C.format(root=str(TESTS.parent), tests=str(TESTS), folder=str(tmp_path))
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # nothing compiled before: the compiler has work
+    child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, start_new_session=True, env=env)
+    assert child.stdout.readline().strip() == "compiling", child.communicate()[1]
+    time.sleep(after_s)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=200)
+    assert child.returncode == 0 and out.split("\n")[:2] == ["interrupted", "exported again"], f"{out}\n{err[-3000:]}"
