@@ -13,8 +13,9 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import CrossEntropyLossFlat, Learner, load_learner, nn, noop
 
-from fastai_compile import (BackendUnavailable, CaptureError, CompiledModel, CompileError, ConfigError, InputError, NotTrainable,
-                            Report, WriteError, available_backends, inspect_artifact, open_learner, register_backend)
+from fastai_compile import (BackendError, BackendUnavailable, CaptureError, CompiledModel, CompileError, ConfigError,
+                            InputError, NotTrainable, Report, WriteError, available_backends, choose, export,
+                            inspect_artifact, open_learner, register_backend)
 from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
 from helpers import (BACKENDS, Wrapped, assert_close, eager_of, make_learner, only, random_inputs, registered, run, small_cnn,
                      table_learner)
@@ -566,3 +567,25 @@ def test_a_model_of_one_size_refuses_to_vary(artifacts, tmp_path):
     with pytest.raises(CaptureError, match="leave `dynamic_size` out"):
         learn.export(tmp_path / "no.pkl", compile="onnxruntime", dynamic_size=True)
     assert not list(tmp_path.iterdir())
+
+
+# ---- the second gate
+
+class Tires(Wrapped):
+    "Answers the first gate, and raises in the second"
+    tired = False
+    def around(self, run, xs):
+        if self.tired: raise BackendError("no more")
+        return run(xs)
+
+
+def test_a_model_that_fails_in_the_second_gate_makes_room(artifacts, tmp_path, monkeypatch):
+    tires, check = Tires("eager", "tires"), choose.check_answers
+    def second_gate(*args):
+        tires.tired = True
+        return check(*args)
+    monkeypatch.setattr(choose, "check_answers", second_gate)
+    monkeypatch.setattr(export, "rank", lambda timings, cands: ["tires", "onnxruntime"])
+    with registered(tires):
+        report = artifacts.learner("table").export(tmp_path / "a.pkl", compile=["tires", "onnxruntime"])
+    assert report.backend == "onnxruntime" and "BackendError: no more" in str(report.candidates)

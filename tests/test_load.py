@@ -398,6 +398,14 @@ def test_rebuild_with_inductor(artifacts, tmp_path):
     assert_close(preds_of(learn, "table", None), preds_of(art.learn, "table", None))
 
 
+def test_rebuild_keeps_the_choices(artifacts, tmp_path):
+    learn = artifacts.learner("table")
+    learn.export(tmp_path / "a.pkl", compile="onnxruntime", threads=1, max_bs=7, tolerance=1e-3)
+    path = rewritten(tmp_path / "a.pkl", tmp_path / "b.pkl", needs={"machine": "none of this kind"})
+    with pytest.warns(UserWarning, match="compiles again"): model = open_learner(path, "rebuild").model
+    assert (model.threads, model.max_bs, model.config.tolerance) == (1, 7, 1e-3)
+
+
 @pytest.mark.skipif("inductor" not in BACKENDS, reason="the backend inductor is not there")
 def test_inductor_needs_this_host(artifacts):
     art = artifacts("inductor", "table")
