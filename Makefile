@@ -5,8 +5,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 NB ?=
 
-# idle OpenMP threads sleep instead of spinning: small machines stall otherwise
-export OMP_WAIT_POLICY ?= PASSIVE
+# beside other load, OpenMP threads that spin stall each other; on an idle machine sleeping ones are slow to wake
+test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test soak docs save export lint clean
 

@@ -78,4 +78,4 @@ def table(rows: list[dict]) -> str:
 def child_env() -> dict:
     "The environment of a fresh process that finds this repository"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    return os.environ | {"PYTHONPATH": path}

@@ -4,8 +4,6 @@ Every family of `families_data` is built, exported with each backend, once from 
 one that came out of stock `load_learner`; each file is opened in a process of its own by stock `load_learner`, and what
 it predicts is compared with eager PyTorch. Cells that were not run say so.
 """
-import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # read when torch is imported
 import argparse
 import json
 import subprocess

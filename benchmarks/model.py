@@ -3,8 +3,6 @@
 All candidates of one model and batch are timed in turn in one process, round by round, and compared round by round. A
 second copy of the chosen file runs along: what it differs from the first is the spread of the run itself.
 """
-import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # read when torch is imported
 import argparse
 import copy
 import json
@@ -71,8 +69,8 @@ def _onnx_by_hand(model, xs, path):
     file = path / "hand.onnx"
     torch.onnx.export(model, two, dynamo=True, verbose=False, dynamic_shapes=tuple({0: batch} for _ in xs)).save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), xs, strict=True)}
-    return lambda: session.run(None, feed)
+    names = [i.name for i in session.get_inputs()]
+    return lambda: [torch.from_numpy(o) for o in session.run(None, {n: x.numpy() for n, x in zip(names, xs)})]
 
 
 def _compiled(file, xs):

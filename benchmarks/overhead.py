@@ -3,8 +3,6 @@
 By hand means `torch.export.export`, `torch.onnx.export(dynamo=True)` and `InferenceSession`. Both sides pay for the
 imports that they need. The gate, which has no counterpart by hand, stands on its own line.
 """
-import os
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # read when torch is imported
 import argparse
 import json
 import statistics

@@ -1,6 +1,5 @@
 """From a trained Learner to one compiled file and back, with every promise checked: `make demo`."""
 import os
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # idle threads sleep instead of spinning; must be set before torch is imported
 import json, shutil, statistics, subprocess, sys, time, warnings
 from contextlib import nullcontext
 if not sys.warnoptions: warnings.filterwarnings('ignore', message='.*torch.jit.script|load_learner')

@@ -1,6 +1,4 @@
 """Train a classifier of handwritten digits and export it as one compiled file: `python examples/train.py [folder]`."""
-import os
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # idle threads sleep instead of spinning; must be set before torch is imported
 import sys
 from sklearn.datasets import load_digits
 from fastai.vision.all import *

@@ -363,6 +363,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fastai_compile/model.py'),
                                       'fastai_compile.model.CompiledModel._empty': ( 'model.html#compiledmodel._empty',
                                                                                      'fastai_compile/model.py'),
+                                      'fastai_compile.model.CompiledModel._hand_out': ( 'model.html#compiledmodel._hand_out',
+                                                                                        'fastai_compile/model.py'),
                                       'fastai_compile.model.CompiledModel._in_parts': ( 'model.html#compiledmodel._in_parts',
                                                                                         'fastai_compile/model.py'),
                                       'fastai_compile.model.CompiledModel._reset': ( 'model.html#compiledmodel._reset',

@@ -82,7 +82,7 @@ def _drop_eager(model):
     if model.payload.backend == 'eager':
         raise CompileError('keep_eager=False drops the PyTorch model, but nothing was faster than it: '
                            'leave `keep_eager` out, or name a backend')
-    vars(model)['eager'] = None
+    vars(model)['_eager'] = None
     model.payload.tensors = {k: t.detach().clone() for k, t in model.payload.tensors.items()}
     model._anchor, model.restore = torch.nn.Parameter(torch.empty(0), requires_grad=False), {}
     model._reset()

@@ -7,6 +7,7 @@ __all__ = ['WeightWatch', 'CompiledModel']
 
 # %% ../nbs/05_model.ipynb #b9970855
 import os, threading, time
+from operator import attrgetter
 import torch
 from torch import nn
 from .backends.base import cpu_threads, get_backend
@@ -23,7 +24,7 @@ class WeightWatch:
         self.parts = [(s, i) for s in slots for i in range(0, s[2].numel()*s[2].element_size()//4 or 1, self.part)]
         self.version, self.sums, self.last = self._version(), [self._sum(*p) for p in self.parts], time.perf_counter()
 
-    def _version(self): return sum([t._version for t in self.counted])
+    def _version(self): return sum(map(attrgetter('_version'), self.counted))
 
     def _sum(self, slot, start):
         "Address and checksum of one part; None where the tensor was replaced"
@@ -62,11 +63,10 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fo
 def _dtype(d): return str(d).removeprefix('torch.')
 def _shapes(xs): return ', '.join(f'{list(x.shape)} {_dtype(x.dtype)}' for x in xs)
 
-def _as_is(x, spec):
-    "Whether `x` can be passed on without a look at each of its sizes: quick, for models that answer in microseconds"
-    return (type(x) is torch.Tensor and x.layout is torch.strided and x.dtype == spec.dtype and x.ndim == len(spec.shape)
-            and x.shape[1:] == spec.shape[1:] and x.is_cpu and x.is_contiguous()
-            and not (x.requires_grad or x.is_neg() or x.is_conj()))
+def _as_is(x, dtype, tail):
+    "Whether `x` fits as it is. Quick, for models that answer in microseconds; `_check_one` says what is wrong"
+    return (type(x) is torch.Tensor and x.layout is torch.strided and x.dtype is dtype and x.ndim and x.shape[1:] == tail
+            and x.is_cpu and x.is_contiguous() and not (x.requires_grad or x.is_neg() or x.is_conj()))
 
 class CompiledModel(nn.Module):
     "A compiled function in the place of a PyTorch model"
@@ -85,13 +85,15 @@ class CompiledModel(nn.Module):
         self.payload, self.input_specs, self.output_specs, self.structure = payload, inputs, outputs, structure
         self.max_bs, self.threads, self.guards, self.reference = max_bs, threads, tuple(guards), reference
         self.restore = {}   # What `to_eager` puts back on the learner
-        vars(self)['eager'] = eager
+        vars(self)['_eager'] = eager
         self._anchor = nn.Parameter(torch.empty(0), requires_grad=False) if eager is None else None
         self.training = False
         self._reset()
+        self._hand_out() # Whoever passed it may change it
 
     def _reset(self):
-        vars(self).update(_run=None, _pid=None, _watch=WeightWatch(self.eager))
+        fits = [(spec.dtype, spec.shape[1:]) for spec in self.input_specs]
+        vars(self).update(_run=None, _pid=None, _watch=None, _fits=fits)
 
     # ---- running
     def runner(self):
@@ -112,10 +114,9 @@ class CompiledModel(nn.Module):
     def forward(self, *xs):
         self._check_weights()
         xs, n = self._check(xs)
-        with torch.no_grad():
-            if n == 0: ts = self._empty(xs)
-            elif n <= self.max_bs: ts = self._call(xs, n)
-            else: ts = self._in_parts(xs, n)
+        if n == 0: ts = self._empty(xs)
+        elif n <= self.max_bs: ts = self._call(xs, n)
+        else: ts = self._in_parts(xs, n)
         return self.structure.build(ts)
 
     def _in_parts(self, xs, n):
@@ -128,7 +129,7 @@ class CompiledModel(nn.Module):
         return [torch.cat(p) for p in zip(*parts)]
 
     def _call(self, xs, n):
-        ts = self.runner()(xs)
+        ts = [t.detach() if t.requires_grad else t for t in self.runner()(xs)]
         if len(ts) != len(self.output_specs):
             raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self.output_specs)}')
         for t, spec in zip(ts, self.output_specs):
@@ -140,15 +141,16 @@ class CompiledModel(nn.Module):
         "The inputs as plain contiguous tensors, and the batch. Raises `InputError`"
         if len(xs) != len(self.input_specs):
             raise InputError(f'{len(self.input_specs)} inputs are needed ({list(self.input_specs)}), not {len(xs)}')
-        res = [x if _as_is(x, spec) else self._check_one(i, x, spec) for i, (x, spec) in enumerate(zip(xs, self.input_specs))]
-        n = len(res[0])
-        for x in res:
-            if len(x) != n: raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
+        res = [x if _as_is(x, *fit) else self._check_one(i, x) for i, (x, fit) in enumerate(zip(xs, self._fits))]
+        n = res[0].shape[0]
+        for x in res[1:]:
+            if x.shape[0] != n: raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
         for guard in self.guards:
             if why := guard(res): raise InputError(why)
         return res, n
 
-    def _check_one(self, i, x, spec):
+    def _check_one(self, i, x):
+        spec = self.input_specs[i]
         if not isinstance(x, torch.Tensor): raise InputError(f'input {i} is a {type(x).__name__}, not a tensor')
         if x.layout is not torch.strided: raise InputError(f'input {i} is {x.layout}: call `.to_dense()` first')
         if x.dtype != spec.dtype:
@@ -174,9 +176,15 @@ class CompiledModel(nn.Module):
         return [torch.empty(shape(o), dtype=o.dtype) for o in self.output_specs]
 
     # ---- weights
+    def _hand_out(self):
+        "The PyTorch model, or None. Who asks for it may change its weights: from then on they are watched"
+        if self._watch is None: vars(self)['_watch'] = WeightWatch(self._eager)
+        return self._eager
+    eager = property(_hand_out)
+
     def _weights(self): return [] if self.eager is None else [*self.eager.parameters(), *self.eager.buffers()]
     def _check_weights(self, everything=False):
-        if self._watch.changed(everything):
+        if self._watch is not None and self._watch.changed(everything):
             raise NotTrainable('a weight of this compiled model was changed in place, and the compiled code does not '
                                'see it: call `learn.to_eager()` before changing weights, then export again')
 
@@ -215,7 +223,7 @@ class CompiledModel(nn.Module):
     # ---- copies
     def __getstate__(self):
         self._check_weights(everything=True)
-        return {k: v for k, v in vars(self).items() if k not in ('_run', '_pid', '_watch')}
+        return {k: v for k, v in vars(self).items() if k not in ('_run', '_pid', '_watch', '_fits')}
     def __setstate__(self, state):
         vars(self).update(state)
         self._reset()

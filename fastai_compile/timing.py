@@ -56,6 +56,7 @@ def interleave(
     rounds=7,     # Rounds; 7 give a 98% interval for the median
     round_s=0.05, # Aim for so many seconds for each candidate and round
     max_calls=100,
+    pause_s=0.02, # Before each turn: threads of the one before spin for a while, and would take its CPUs
     budget_s=20., # With slow candidates: fewer calls, at least 1 a round, and fewer rounds, at least 3
 )->dict:          # {name: `Timing`}
     "Time `fns` in turn, `rounds` times, after a warm-up of each"
@@ -69,7 +70,8 @@ def interleave(
     for i in range(rounds):
         for k in list(fns)[i % len(fns):] + list(fns)[:i % len(fns)]:
             f, ts = fns[k], []
-            f()
+            time.sleep(pause_s)
+            for _ in range(3 if calls[k] > 10 else 1): f()
             for _ in range(calls[k]):
                 t = time.perf_counter(); f(); ts.append(time.perf_counter()-t)
             res[k].append(statistics.median(ts)*1e3)

@@ -59,7 +59,6 @@ def _kernel_manager() -> AsyncKernelManager:
 def _kernel_env() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return env | {"IN_TEST": "1", "PYTHONHASHSEED": "0"}
 
 

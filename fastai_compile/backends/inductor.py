@@ -143,7 +143,9 @@ class InductorRunner:
     def __call__(self, xs):
         try:
             given = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
-            with torch.no_grad(), torch_threads(self.threads): res = self.library.run(xs)
+            if torch.get_num_threads() == self.threads: res = self.library.run(xs)
+            else:
+                with torch_threads(self.threads): res = self.library.run(xs)
         except Exception as e: raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
         own = lambda o: o.untyped_storage().data_ptr() not in given
         return [o.contiguous() if own(o) else o.clone(memory_format=torch.contiguous_format) for o in res]
