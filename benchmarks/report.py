@@ -12,10 +12,11 @@ TEXT = """\
 Each script prints its result and writes it to `results/`, with the machine, the versions, the date, the commit and the command.
 `python benchmarks/report.py` makes this page of it. What was not run says "not run".
 
-Competing times are taken in turn, round by round, in one process, each turn after a pause, in which the threads of the one before
-stop spinning, and a warm-up. A ratio is the median of the rounds, with the smallest and largest round in brackets. Run them on a
-machine that does nothing else: `load_at_start` in a result says whether it did. `OMP_WAIT_POLICY` is left as it is:
-with `PASSIVE`, which helps beside other load, threads sleep, and waking one on an idle virtual machine took 0.5 ms, more than 20 small models.
+Competing times are taken in turn, round by round, in one process, each turn after a pause, in which the threads of
+the one before stop spinning, and a warm-up. A ratio is the median of the rounds, with the smallest and largest round
+in brackets. Run them on a machine that does nothing else: `load_at_start` in a result says whether it did.
+`OMP_WAIT_POLICY` is left as it is: with `PASSIVE`, which helps beside other load, threads sleep, and waking one on an
+idle virtual machine took 0.5 ms, more than 20 small models.
 
 ## The model alone
 
