@@ -314,6 +314,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastai_compile.example.synthetic_items': ( 'example.html#synthetic_items',
                                                                                     'fastai_compile/example.py')},
             'fastai_compile.export': { 'fastai_compile.export.Outcome': ('export.html#outcome', 'fastai_compile/export.py'),
+                                       'fastai_compile.export._Turn': ('export.html#_turn', 'fastai_compile/export.py'),
+                                       'fastai_compile.export._after_fork': ('export.html#_after_fork', 'fastai_compile/export.py'),
                                        'fastai_compile.export._batch_facts': ('export.html#_batch_facts', 'fastai_compile/export.py'),
                                        'fastai_compile.export._example': ('export.html#_example', 'fastai_compile/export.py'),
                                        'fastai_compile.export._first': ('export.html#_first', 'fastai_compile/export.py'),

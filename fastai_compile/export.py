@@ -6,7 +6,7 @@
 __all__ = ['Outcome', 'compile_learner', 'export_learner']
 
 # %% ../nbs/14_export.ipynb #a87d3efc
-import time
+import os, threading, time
 from dataclasses import dataclass, fields, replace
 import cloudpickle, torch
 from .artifact import check_target
@@ -32,6 +32,14 @@ class Outcome:
     facts:dict      # The manifest, without what only the bytes can tell
     report:Report
 
+class _Turn:
+    "PyTorch's tracing changes the state of the process: two at once, from two threads, spoil it for good"
+    lock = threading.RLock()
+
+def _after_fork(): _Turn.lock = threading.RLock() # The thread that held it is not in the child
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
+
 def compile_learner(
     learn,  # Learner; not changed
     config, # `CompileConfig`
@@ -50,7 +58,7 @@ def compile_learner(
     cands = choose_candidates(config, table)
     stages = Stages(6 + 4*len(cands), hasattr(learn, 'progress') and learn.create_mbar)
     try:
-        with preserved(learn), torch.random.fork_rng(devices=[]):
+        with _Turn.lock, preserved(learn), torch.random.fork_rng(devices=[]):
             return _pipeline(learn, eager_model, config, cands, table, stages)
     finally: stages.close()
 

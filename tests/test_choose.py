@@ -13,7 +13,7 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import CrossEntropyLossFlat, Learner, load_learner, nn, noop
 
-from fastai_compile import (BackendError, BackendUnavailable, CaptureError, CompiledModel, CompileError, ConfigError,
+from fastai_compile import (BackendError, BackendUnavailable, CaptureError, CompiledModel, ConfigError,
                             InputError, NotTrainable, Report, WriteError, available_backends, choose, export,
                             inspect_artifact, open_learner, register_backend)
 from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
@@ -423,7 +423,7 @@ def test_two_exports_to_one_path_at_once(learn, tmp_path):
 
 
 def test_two_whole_exports_at_once(tmp_path):
-    "Two learners in two threads: each file is whole and right, or a named error was raised"
+    "Two learners in two threads take turns: tracing two models at once spoils PyTorch's state for good"
     learners, errors = [], {}
     for i in range(2):
         (tmp_path / f"t{i}").mkdir()
@@ -434,8 +434,7 @@ def test_two_whole_exports_at_once(tmp_path):
     ts = [threading.Thread(target=export, args=(i,)) for i in range(2)]
     for t in ts: t.start()
     for t in ts: t.join()
-    assert all(isinstance(e, CompileError) for e in errors.values()), errors
-    if len(errors) == 2: return
+    assert not errors, errors
     opened = open_learner(tmp_path / "x.pkl")
     weights = [list(l.model.state_dict().values()) for l in learners]
     assert any(all(map(torch.equal, opened.model.state_dict().values(), w)) for w in weights)
