@@ -7,7 +7,6 @@ __all__ = ['WeightWatch', 'CompiledModel']
 
 # %% ../nbs/05_model.ipynb #b9970855
 import os, threading, time
-from operator import attrgetter
 import torch
 from torch import nn
 from .backends.base import cpu_threads, get_backend
@@ -24,7 +23,7 @@ class WeightWatch:
         self.parts = [(s, i) for s in slots for i in range(0, s[2].numel()*s[2].element_size()//4 or 1, self.part)]
         self.version, self.sums, self.last = self._version(), [self._sum(*p) for p in self.parts], time.perf_counter()
 
-    def _version(self): return sum(map(attrgetter('_version'), self.counted))
+    def _version(self): return sum([t._version + t.data_ptr() for t in self.counted])
 
     def _sum(self, slot, start):
         "Address and checksum of one part; None where the tensor was replaced"

@@ -414,8 +414,8 @@ def _edit_replace(m):
     layer.weight = nn.Parameter(layer.weight.detach() * 2)
 
 
-COUNTED = [_edit_in_place, _edit_one_number, _edit_buffer, _edit_vector, _edit_state_dict, _edit_init]
-UNCOUNTED = [_edit_data, _edit_set_data, _edit_numpy, _edit_replace]  # PyTorch's version counters do not see these
+COUNTED = [_edit_in_place, _edit_one_number, _edit_buffer, _edit_vector, _edit_state_dict, _edit_init, _edit_set_data]
+UNCOUNTED = [_edit_data, _edit_numpy, _edit_replace]  # PyTorch's version counters do not see these
 
 
 @each_table
