@@ -139,7 +139,6 @@ def mistake(learn):
 def main():
     OUT.mkdir(exist_ok=True)
     for f in OUT.glob('*.pkl'): f.unlink()
-    print(f"OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}: idle threads sleep, so other work does not stall the timings")
     learn, accuracy = trained()
     files = learn.dls.valid_ds.items
     (OUT/'valid.json').write_text(json.dumps([str(f) for f in files]))

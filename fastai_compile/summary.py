@@ -140,5 +140,5 @@ def facts_of(
         'versions': {p: _version(p) for p in ('torch', 'fastai', 'fastcore', 'onnxruntime', 'numpy')},
         'inputs': [_spec_facts(s) for s in model.input_specs], 'outputs': [_spec_facts(s) for s in model.output_specs],
         'batch': [1, model.max_bs], 'vocab': _vocab(learn.dls), 'keep_eager': config.keep_eager, 'gate': gate,
-        'timings_ms': {str(b): {n: t.median_ms for n, t in ts.items()} for b, ts in timings.items()},
+        'timings_ms': {str(b): {n: float(f'{t.median_ms:.4g}') for n, t in ts.items()} for b, ts in timings.items()},
         'reference': _reference_facts(model.reference)}
