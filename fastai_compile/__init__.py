@@ -4,17 +4,24 @@ __version__ = "0.1.0"
 from fastai_compile.artifact import inspect_artifact
 from fastai_compile import text as _text  # noqa: F401 - registers its rewrite
 from fastai_compile.backends import inductor as _inductor, onnxruntime as _onnxruntime  # noqa: F401 - register themselves
+from fastai_compile import explain as _explain  # noqa: F401 - gives `Learner` its `explain`
 from fastai_compile.backends.base import available_backends, register_backend
+from fastai_compile.breaks import find_breaks
 from fastai_compile.config import CompileConfig
 from fastai_compile.errors import (ArtifactError, BackendError, BackendUnavailable, CaptureError, CompileError,
-                                   ConfigError, ExampleError, FallbackError, HostMismatch, InputError, MissingDefinition,
-                                   NotTrainable, RandomTransformError, VerificationError, WriteError)
+                                   ConfigError, ExampleError, FallbackError, GraphBreakError, HostMismatch, InputError,
+                                   MissingDefinition, NotTrainable, RandomTransformError, VerificationError, WriteError)
 from fastai_compile.example import example_batch
+from fastai_compile.freeze import FreezeTransforms, frozen
+from fastai_compile.graph_callback import GraphBreakCallback
 from fastai_compile.learner import open_learner
 from fastai_compile.model import CompiledModel
+from fastai_compile.randomness import find_random
 from fastai_compile.report import Report
 
 __all__ = ["ArtifactError", "BackendError", "BackendUnavailable", "CaptureError", "CompileConfig", "CompileError",
-           "CompiledModel", "ConfigError", "ExampleError", "FallbackError", "HostMismatch", "InputError",
-           "MissingDefinition", "NotTrainable", "RandomTransformError", "Report", "VerificationError", "WriteError",
-           "available_backends", "example_batch", "inspect_artifact", "open_learner", "register_backend"]
+           "CompiledModel", "ConfigError", "ExampleError", "FallbackError", "FreezeTransforms",
+           "GraphBreakCallback", "GraphBreakError", "HostMismatch", "InputError", "MissingDefinition",
+           "NotTrainable", "RandomTransformError", "Report", "VerificationError", "WriteError",
+           "available_backends", "example_batch", "find_breaks", "find_random", "frozen",
+           "inspect_artifact", "open_learner", "register_backend"]

@@ -6,8 +6,8 @@
 __all__ = ['Structure', 'structure_of', 'Flat', 'TensorSpec', 'Captured', 'quiet', 'capture']
 
 # %% ../nbs/04_capture.ipynb #d8150f93
-import logging, time, warnings
-from contextlib import contextmanager
+import io, logging, time, warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.torch_core import TensorBase
-from .errors import CaptureError
+from .errors import CaptureError, GraphBreakError
 from .example import Example
 from .indices import IndexGuard
 from .rewrites import apply_rewrites, copy_model
@@ -203,12 +203,15 @@ def capture(
             raise CaptureError(f'a rewrite ({", ".join(used)}) changes the answers of this model, '
                                'so it cannot be used: please report it')
         try:
-            with quiet(): program = torch.export.export(module, example.xb, strict=False,
-                dynamic_shapes=(_dims(example, extra, max(2, max_bs), dynamic_size),))
+            with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()): # A failing one prints its graph
+                program = torch.export.export(module, example.xb, strict=False,
+                    dynamic_shapes=(_dims(example, extra, max(2, max_bs), dynamic_size),))
         except Exception as e:
             hint = ' Height and width cannot vary in this model: leave `dynamic_size` out.' if dynamic_size else ''
-            raise CaptureError(f'the model did not become one graph with a batch from 1 to {max_bs}.'
-                               f'{hint} {_reason(e)}') from e
+            from fastai_compile.breaks import breaks_of
+            says = f'the model did not become one graph with a batch from 1 to {max_bs}.{hint}'
+            if rows := breaks_of(e, form, example.xb): raise GraphBreakError(f'{says}\n{rows!r}', rows) from e
+            raise CaptureError(f'{says} {_reason(e)}') from e
         if dynamic_size: _check_sizes(module, program, example.xb)
     inputs, outputs = _io_specs(program, example.xb)
     fixed = [s.name for s in inputs if not s.batched]

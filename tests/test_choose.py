@@ -14,7 +14,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import CrossEntropyLossFlat, Learner, load_learner, nn, noop
 
 from fastai_compile import (BackendError, BackendUnavailable, CaptureError, CompiledModel, ConfigError,
-                            InputError, NotTrainable, Report, WriteError, available_backends, choose, export,
+                            GraphBreakError, InputError, NotTrainable, Report, WriteError, available_backends, choose, export,
                             inspect_artifact, open_learner, register_backend)
 from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
 from helpers import (BACKENDS, Wrapped, assert_close, eager_of, make_learner, only, random_inputs, registered, run, small_cnn,
@@ -588,3 +588,19 @@ def test_a_model_that_fails_in_the_second_gate_makes_room(artifacts, tmp_path, m
     with registered(tires):
         report = artifacts.learner("table").export(tmp_path / "a.pkl", compile=["tires", "onnxruntime"])
     assert report.backend == "onnxruntime" and "BackendError: no more" in str(report.candidates)
+
+
+# ---- a model that is not one graph
+
+class Sign(nn.Module):
+    def forward(self, x): return x if x.sum() > 0 else -x
+
+
+def test_export_names_the_layer_that_breaks_the_graph(artifacts, tmp_path, capfd):
+    learn = copy.copy(artifacts.learner("image"))
+    learn.model = nn.Sequential(nn.Flatten(), Sign(), nn.Linear(3 * 32 * 32, 4))
+    with pytest.raises(GraphBreakError, match="Sign") as e: learn.export(tmp_path / "no.pkl", compile="onnxruntime")
+    row, = e.value.rows
+    assert row.layer == "1" and Path(row.file).name == "test_choose.py" and "x.sum() > 0" in row.source
+    assert e.value.__cause__ is not None and not list(tmp_path.iterdir())
+    assert "def forward" not in "".join(capfd.readouterr())  # PyTorch would print the graph so far
