@@ -402,6 +402,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_compile.export._batch_facts': ('export.html#_batch_facts', 'fastai_compile/export.py'),
                                        'fastai_compile.export._example': ('export.html#_example', 'fastai_compile/export.py'),
                                        'fastai_compile.export._first': ('export.html#_first', 'fastai_compile/export.py'),
+                                       'fastai_compile.export._interruptible': ('export.html#_interruptible', 'fastai_compile/export.py'),
                                        'fastai_compile.export._outcome': ('export.html#_outcome', 'fastai_compile/export.py'),
                                        'fastai_compile.export._own_example': ('export.html#_own_example', 'fastai_compile/export.py'),
                                        'fastai_compile.export._pinned': ('export.html#_pinned', 'fastai_compile/export.py'),

@@ -6,7 +6,8 @@
 __all__ = ['Outcome', 'compile_learner', 'export_learner']
 
 # %% ../nbs/14_export.ipynb #a87d3efc
-import os, threading, time
+import os, signal, threading, time
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 import cloudpickle, torch
 from .artifact import check_target
@@ -40,6 +41,21 @@ def _after_fork(): _Turn.lock = threading.RLock() # The thread that held it is n
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
+@contextmanager
+def _interruptible():
+    "A Ctrl-C counts, also one that a compiler or a destructor swallowed"
+    pressed, usual = [], signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    def handler(*args):
+        pressed.append(args)
+        usual(*args)
+    signal.signal(signal.SIGINT, handler)
+    try: yield
+    finally: signal.signal(signal.SIGINT, usual)
+    if pressed: raise KeyboardInterrupt
+
 def compile_learner(
     learn,  # Learner; not changed
     config, # `CompileConfig`
@@ -58,7 +74,7 @@ def compile_learner(
     cands = choose_candidates(config, table)
     stages = Stages(6 + 4*len(cands), hasattr(learn, 'progress') and learn.create_mbar)
     try:
-        with _Turn.lock, preserved(learn), torch.random.fork_rng(devices=[]):
+        with _interruptible(), _Turn.lock, preserved(learn), torch.random.fork_rng(devices=[]):
             return _pipeline(learn, eager_model, config, cands, table, stages)
     finally: stages.close()
 

@@ -195,3 +195,20 @@ def test_ctrl_c_while_the_compiler_runs(tmp_path, after_s):
     while not select.select([child.stdout], [], [], 3)[0]: os.killpg(child.pid, signal.SIGINT)  # Python drops one in a destructor
     out, err = child.communicate(timeout=200)
     assert child.returncode == 0 and out.split() == ["interrupted", "compiling", "exported", "again"], f"{out}\n{err[-3000:]}"
+
+
+def test_a_swallowed_ctrl_c_still_ends_the_export(tmp_path, monkeypatch):
+    "As when it comes inside of a destructor, where Python drops it"
+    from fastai_compile import export
+    from helpers import table_learner
+    learn, real = table_learner(tmp_path), export.capture
+    def capture(*args, **kwargs):
+        try: signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt: pass
+        return real(*args, **kwargs)
+    monkeypatch.setattr(export, "capture", capture)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): learn.export(tmp_path / "x.pkl", compile="eager")
+    assert not (tmp_path / "x.pkl").exists() and signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    assert learn.export(tmp_path / "x.pkl", compile="eager").backend == "eager"
