@@ -7,7 +7,7 @@ __all__ = ['user_file', 'functions_of', 'World', 'Snapshot', 'difference', 'cont
 
 # %% ../nbs/03_reach.ipynb #62c67335
 import collections, copy, functools, hashlib, itertools, os, random, sysconfig, threading, types
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -207,8 +207,7 @@ def difference(
     if isinstance(a, np.ndarray): return _worst(difference(x, y) for x, y in zip(a.ravel(), b.ravel()))
     if hasattr(a, 'items') and isinstance(a.items, pd.DataFrame): return difference(a.items, b.items)
     if type(a).__eq__ is not object.__eq__:
-        try: return None if bool(a == b) else f'a {type(a).__name__}'
-        except Exception: pass
+        with suppress(Exception): return None if bool(a == b) else f'a {type(a).__name__}' # Some cannot be compared
     return difference(vars(a), vars(b)) if hasattr(a, '__dict__') else None
 
 def _worst(diffs):
