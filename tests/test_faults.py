@@ -192,7 +192,9 @@ def test_ctrl_c_while_the_compiler_runs(tmp_path, after_s):
     time.sleep(after_s)
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=200)
-    assert child.returncode == 0 and out.split() == ["interrupted", "compiling", "exported", "again"], f"{out}\n{err[-3000:]}"
+    words = ["interrupted", "compiling", "exported", "again"]
+    swallowed = ["compiling", *words]  # The signal came inside of a destructor: the export goes on for a while, and then ends
+    assert child.returncode == 0 and out.split() in (words, swallowed), f"{out}\n{err[-3000:]}"
 
 
 def test_a_swallowed_ctrl_c_still_ends_the_export(tmp_path, monkeypatch):
