@@ -129,13 +129,14 @@ def measure(name: str, batch: int, size: int, rounds: int, round_s: float, path:
     *xb, _ = learn.dls.valid.one_batch()
     xs = [torch.cat([x.as_subclass(torch.Tensor)] * -(-batch // len(x)))[:batch].contiguous() for x in xb]
     fns, backend, seconds, missing = candidates(learn, xs, batch, path)
-    times = interleave(fns, rounds=rounds, round_s=round_s, budget_s=1e9)
+    times = interleave(fns, rounds=rounds, most=101, more_s=30, round_s=round_s, budget_s=1e9)
     rows = {}
     for k, t in times.items():
         r = ratio(times["eager"], t)
         rows[k] = {"median_ms": t.median_ms, "rounds_ms": t.rounds_ms, "calls": t.calls, "made_in_s": seconds[k],
                    "times_eager": r.median, "low": r.low, "high": r.high}
-    return {"model": name, "batch": batch, "input": [list(x.shape) for x in xs], "chosen": backend, "rounds": rounds,
+    return {"model": name, "batch": batch, "input": [list(x.shape) for x in xs], "chosen": backend,
+            "rounds": len(times["eager"].rounds_ms),
             "candidates": rows, "missing": missing, "verdict": verdict(times)}
 
 

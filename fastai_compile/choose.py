@@ -136,7 +136,7 @@ def attempt(
         with stages('compile', backend.name), _adapter(backend.name): payload = backend.compile(captured, config)
         with stages('load', backend.name), _adapter(backend.name):
             c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs,
-                                    captured.eager, config.threads, captured.guards, reference)
+                                    captured.eager, config.threads, captured.guards, reference, config.allow_fallback)
             c.model.runner()
         c.seconds = time.perf_counter()-start
         with stages('gate', backend.name), _adapter(backend.name):
@@ -155,14 +155,15 @@ def time_candidates(
     stages,   # `Stages`
 )->dict:
     "{batch size: {name: Timing}} of eager and every candidate, interleaved"
-    res = {}
+    res, many = {}, config.backends is True or len(cands) > 1 # Where there is a choice, it takes more rounds
     for bs in config.bs:
         reps = -(-bs//len(captured.example))
         xs = [torch.cat([x]*reps)[:bs].contiguous() for x in captured.example.xb]
         def eager(xs=xs):
             with torch.no_grad(): return captured.eager(*xs)
         with stages('timing', f'batch {bs}'):
-            res[bs] = interleave({'eager': eager, **{c.name: (lambda m=c.model, xs=xs: m(*xs)) for c in cands}})
+            fns = {'eager': eager, **{c.name: (lambda m=c.model, xs=xs: m(*xs)) for c in cands}}
+            res[bs] = interleave(fns, more_s=3. if many else .5)
     return res
 
 def sum_timings(

@@ -17,9 +17,11 @@ from .breaks import find_breaks
 from .capture import Captured, capture
 from .choose import unwrap
 from .config import make_config
-from .errors import CaptureError, CompileError, FallbackError, GraphBreakError
+from .errors import CaptureError, CompileError, FallbackError, GraphBreakError, RandomTransformError
 from .example import example_batch, preserved
+from .freeze import freeze_of
 from .layers import Breaks
+from .randomness import find_random
 
 # %% ../nbs/16_explain.ipynb #aacc789a
 def _row(part, what, found, todo=''): return {'part': part, 'what': what, 'found': found, 'what to do': todo}
@@ -37,17 +39,17 @@ class Explanation:
     def __repr__(self): return repr(self.rows)
     def _repr_html_(self): return self.rows._repr_html_()
 
-# --- The one place where `find_random` is plugged in: rows and findings of one learner
 def random_rows(
-    learn, # Learner; not changed
-    items=None, # Items, for a learner without data
+    learn,  # Learner; not changed
+    config, # `CompileConfig`, for its items and its policy
 )->tuple: # (rows, findings)
-    "What makes the input pipeline or the model random"
-    try: from fastai_compile.randomness import find_random
-    except ImportError: return [_row('random', 'transforms and model', 'not looked at: there is no `find_random`')], []
-    found = find_random(learn, items)
+    "What makes the input pipeline or the model random, and what an export would do about it"
+    found = find_random(learn, config.items)
     rows = [_row('random', f.name, f'{f.source}; {f.evidence}', f.mend) for f in found.found]
-    return rows or [_row('random', 'transforms and model', 'nothing varies')], found.found
+    if not rows: return [_row('random', 'transforms and model', 'nothing varies')], found.found
+    try: frozen = freeze_of(learn, config)[1]
+    except RandomTransformError as e: return [*rows, _row('freeze', config.freeze, f'would raise: {e}')], found.found
+    return [*rows, *[_row('freeze', r['transform'], f"would be frozen: {r['frozen']}") for r in frozen]], found.found
 
 # %% ../nbs/16_explain.ipynb #2a77c74b
 def break_table(
@@ -113,7 +115,7 @@ def backend_rows(
             placements[name] = e
             rows.append(_row('backend', name, f'{type(e).__name__}: {e}'))
             continue
-        refused = '; '.join(f'{op}: {why}' for op, why in got.elsewhere.items())
+        refused = '; '.join(f'{op}: {why}' for op, why in got.elsewhere.items() if op not in config.allow_fallback)
         if refused: placements[name] = FallbackError(f'{name} refuses {refused}')
         if refused: rows.append(_row('backend', name, f'would refuse {refused}', 'choose another backend'))
         else: rows.append(_row('backend', name, f'takes every operator ({got.target})', f'`compile={name!r}`'))
@@ -131,7 +133,7 @@ def explain_learner(
     dl = learn.dls.loaders[min(1, len(learn.dls.loaders)-1)]
     silent = redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) # A failing capture prints its graph
     with preserved(learn), torch.random.fork_rng(devices=[]), silent[0], silent[1]:
-        rows, found = random_rows(learn, config.items)
+        rows, found = random_rows(learn, config)
         example = example_batch(learn, config.items)
         max_bs = config.max_bs or max(64, getattr(dl, 'bs', None) or 64)
         captured: dict = {}

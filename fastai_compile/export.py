@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 import cloudpickle, torch
 from .artifact import check_target
-from .backends.base import Table, backend_options, backends, cpu_threads, get_backend
+from .backends.base import Table, backends, cpu_threads, get_backend
 from .box import finish_model, make_reference_row, write_learner
 from .capture import capture
 from .choose import (Stages, attempt, candidate_row, choose_candidates, first_that_passes, rank,
@@ -19,6 +19,7 @@ from .choose import (Stages, attempt, candidate_row, choose_candidates, first_th
 from .config import CompileConfig
 from .errors import BackendUnavailable, VerificationError
 from .example import Example, ExampleError, check_repeatable, example_batch, preserved, _has_rows
+from .freeze import freeze_of
 from .model import CompiledModel
 from .report import Report
 from .summary import candidate_table, facts_of, headline, notes_on, weights_note
@@ -32,6 +33,7 @@ class Outcome:
     model:CompiledModel
     facts:dict      # The manifest, without what only the bytes can tell
     report:Report
+    dls:object=None # The learner's `DataLoaders`, its validation frozen
 
 class _Turn:
     "PyTorch's tracing changes the state of the process: two at once, from two threads, spoil it for good"
@@ -72,11 +74,19 @@ def compile_learner(
                 "`learn.export(path, compile='onnxruntime')`")
     table = Table()
     cands = choose_candidates(config, table)
-    stages = Stages(6 + 4*len(cands), hasattr(learn, 'progress') and learn.create_mbar)
+    stages = Stages(7 + 4*len(cands), hasattr(learn, 'progress') and learn.create_mbar)
     try:
         with _interruptible(), _Turn.lock, preserved(learn), torch.random.fork_rng(devices=[]):
-            return _pipeline(learn, eager_model, config, cands, table, stages)
+            with stages('freeze'): dls, rows = freeze_of(learn, config)
+            with _with_dls(learn, dls): res = _pipeline(learn, eager_model, config, cands, table, stages, rows)
+            return replace(res, dls=dls)
     finally: stages.close()
+
+@contextmanager
+def _with_dls(learn, dls):
+    old, learn.dls = learn.dls, dls
+    try: yield
+    finally: learn.dls = old
 
 # %% ../nbs/14_export.ipynb #e5df78b9
 def _batch_facts(learn):
@@ -85,7 +95,7 @@ def _batch_facts(learn):
     n = getattr(dl, 'n', None)
     return bs, (n % bs or None) if n and _has_rows(dl) else bs//2+1
 
-def _pipeline(learn, eager_model, config, backs, table, stages):
+def _pipeline(learn, eager_model, config, backs, table, stages, frozen):
     bs, remainder = _batch_facts(learn)
     max_bs = config.max_bs or max(64, bs)
     with stages('example'): example = _example(learn, config, min(bs, max_bs))
@@ -106,7 +116,7 @@ def _pipeline(learn, eager_model, config, backs, table, stages):
     by_name = {c.name: (c, k) for c, k in good}
     winner, verdict, captured = first_that_passes(learn, config, order, by_name, stages)
     tried = [c for c, _ in done]
-    return _outcome(learn, config, winner, captured, verdict, timings, tried, table, stages, example, notes)
+    return _outcome(learn, config, winner, captured, verdict, timings, tried, table, stages, example, notes, frozen)
 
 def _try_all(learn, eager_model, config, backs, example, remainder, max_bs, table, stages):
     "([(`Candidate`, `Captured`)], the `Reference`s of the numbers gate, the row that the file carries)"
@@ -148,17 +158,18 @@ def _row_example(xb):
     return Example(tuple(xb), (), (torch.Tensor,)*len(xb), 'the reference row of the file', list(range(len(xb[0]))), True)
 
 # %% ../nbs/14_export.ipynb #a2274b87
-def _outcome(learn, config, winner, captured, verdict, timings, tried, table, stages, example, notes):
+def _outcome(learn, config, winner, captured, verdict, timings, tried, table, stages, example, notes, frozen):
     model = winner.model
     rows = candidate_table(tried, winner, timings, table)
     gate = Table([*winner.numbers.checks, *(verdict.checks if verdict else [])])
     limit = 10*max((float(r['allowed']) for r in winner.numbers.checks), default=1e-4)
     finish_model(learn, model, limit, config)
     notes = notes + notes_on(learn, captured, model, verdict)
-    model.facts = facts_of(learn, config, winner, verdict, timings)
-    report = Report(headline(winner, timings, config), '', winner.name, rows, gate, dict(stages.seconds), 0.,
-                    weights_note(model, config.keep_eager), model.facts['runs_on'], repr(example), notes,
-                    max_diff=winner.numbers.max_diff)
+    model.facts = facts_of(learn, config, winner, verdict, timings, frozen)
+    doubt = '; the machine was busy: see the note' if any('was busy' in n for n in notes) else ''
+    report = Report(headline(winner, timings, config) + doubt, '', winner.name, rows, gate, dict(stages.seconds), 0.,
+                    weights_note(model, config.keep_eager), str(model.placement), model.facts['runs_on'],
+                    repr(example), frozen, notes, max_diff=winner.numbers.max_diff)
     return Outcome(model, model.facts, report)
 
 # %% ../nbs/14_export.ipynb #8efa32ec
@@ -173,7 +184,7 @@ def export_learner(
     path = check_target(path)
     out = compile_learner(learn, config)
     start = time.perf_counter()
-    size = write_learner(learn, out.model, out.facts, path, pickle_module, pickle_protocol)
+    with _with_dls(learn, out.dls): size = write_learner(learn, out.model, out.facts, path, pickle_module, pickle_protocol)
     out.report.stages['pack'] = time.perf_counter()-start
     out.report.path, out.report.size_mb = str(path), size/1e6
     out.report.pinned = _pinned(path, out.report.backend, config, out.model)
@@ -185,8 +196,6 @@ def _pinned(path, backend, config, model):
     for f in fields(config):
         v, told = getattr(config, f.name), f.name in ('backends', 'max_bs', 'items', 'budget_s', 'options')
         if not told and v != getattr(CompileConfig(), f.name): res[f.name] = v
-    options = backend_options(config, backend, None) if backend != 'eager' else {}
-    if (freezing := model.payload.choices.get('freezing')) is not None: options['freezing'] = freezing
-    if options: res['options'] = options
+    if options := model.payload.choices.get('options'): res['options'] = options
     args = [repr(path.name), *[f'{k}={v!r}' for k, v in res.items()], *(['items=items'] if config.items is not None else [])]
     return f'learn.export({", ".join(args)})'

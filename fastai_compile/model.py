@@ -6,11 +6,12 @@
 __all__ = ['WeightWatch', 'CompiledModel']
 
 # %% ../nbs/05_model.ipynb #b9970855
-import os, threading, time
+import math, os, threading, time
 import torch
+from fastai.torch_core import TensorBase
 from torch import nn
-from .backends.base import cpu_threads, get_backend
-from .errors import InputError, NotTrainable
+from .backends.base import check_placement, cpu_threads, get_backend
+from .errors import FallbackError, InputError, NotTrainable
 
 # %% ../nbs/05_model.ipynb #68365284
 class WeightWatch:
@@ -62,10 +63,28 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fo
 def _dtype(d): return str(d).removeprefix('torch.')
 def _shapes(xs): return ', '.join(f'{list(x.shape)} {_dtype(x.dtype)}' for x in xs)
 
+def _all_fit(specs):
+    "PyTorch's check of all inputs at once, in C++, for small rows whose batch alone varies; None where it is not to be had"
+    def small(s): return s.shape[:1] == (None,) and None not in s.shape[1:] and math.prod(s.shape[1:]) <= 4096
+    if not all(small(s) and not s.dtype.is_complex for s in specs): return None
+    right = [torch.empty(2, *s.shape[1:], dtype=s.dtype) for s in specs]
+    try: # Not a public interface: it is used only where it proves to be as strict as `_as_is`
+        check = torch._C._dynamo.guards.TensorGuards(*right, dynamic_dims_sizes=[list(s.shape) for s in specs],
+                                                     dynamic_dims_strides=[list(x.stride()) for x in right]).check
+        def passes(i, x): return check(*right[:i], x, *right[i+1:])
+        def wrong(x):
+            other = torch.float32 if x.dtype != torch.float32 else torch.float64
+            sizes = [torch.cat([x, x], d) for d in range(1, x.ndim)]
+            return [x[None], x[..., None], *sizes, torch.cat([x, x])[::2], x.to(other), x.to('meta'), x.to_sparse(),
+                    torch._neg_view(x), x.as_subclass(TensorBase)]
+        strict = all(passes(i, torch.cat([x, x])) and not any(passes(i, w) for w in wrong(x)) for i, x in enumerate(right))
+    except (AttributeError, TypeError, RuntimeError): return None
+    return check if strict else None
+
 def _as_is(x, dtype, tail):
-    "Whether `x` fits as it is. Quick, for models that answer in microseconds; `_check_one` says what is wrong"
-    return (type(x) is torch.Tensor and x.layout is torch.strided and x.dtype is dtype and x.ndim and x.shape[1:] == tail
-            and x.is_cpu and x.is_contiguous() and not (x.requires_grad or x.is_neg() or x.is_conj()))
+    "Whether `x` fits as it is; `_check_one` says what is wrong"
+    return (type(x) is torch.Tensor and x.dtype is dtype and x.is_cpu and x.layout is torch.strided and x.ndim
+            and x.shape[1:] == tail and x.is_contiguous() and not (x.requires_grad or x.is_neg()))
 
 class CompiledModel(nn.Module):
     "A compiled function in the place of a PyTorch model"
@@ -79,10 +98,12 @@ class CompiledModel(nn.Module):
         threads=None, # CPU threads; None: what the host allows, decided where it runs
         guards=(),    # Functions from inputs to '' or the reason why they cannot be answered exactly
         reference=None, # {'xb': synthetic inputs of one row, 'out': flat outputs}
+        allow_fallback=(), # Operators that may run elsewhere than on the target
     ):
         super().__init__()
         self.payload, self.input_specs, self.output_specs, self.structure = payload, inputs, outputs, structure
         self.max_bs, self.threads, self.guards, self.reference = max_bs, threads, tuple(guards), reference
+        self.allow_fallback = tuple(allow_fallback)
         self.restore = {}   # What `to_eager` puts back on the learner
         vars(self)['_eager'] = eager
         self._anchor = nn.Parameter(torch.empty(0), requires_grad=False) if eager is None else None
@@ -91,8 +112,10 @@ class CompiledModel(nn.Module):
         self._hand_out() # Whoever passed it may change it
 
     def _reset(self):
-        fits = [(spec.dtype, spec.shape[1:]) for spec in self.input_specs]
-        vars(self).update(_run=None, _pid=None, _watch=None, _fits=fits)
+        # A complex tensor may wait for its conjugation: it never fits as it is
+        fits = [(None if spec.dtype.is_complex else spec.dtype, spec.shape[1:]) for spec in self.input_specs]
+        outs = [(len(spec.shape), spec.dtype, spec.batched) for spec in self.output_specs]
+        vars(self).update(_run=None, _pid=None, _watch=None, _fits=fits, _outs=outs, _all_fit=_all_fit(self.input_specs))
 
     # ---- running
     def runner(self):
@@ -103,6 +126,7 @@ class CompiledModel(nn.Module):
                     if self._run is not None: _Process.inherited.append(self._run)
                     n = 1 if _Process.forked else cpu_threads(self.threads)
                     run = get_backend(self.payload.backend).load(self.payload, 'cpu', n)
+                    check_placement(run.placement, self.allow_fallback)
                     vars(self).update(_run=run, _pid=os.getpid())
                     _Process.loaded = True
         return self._run
@@ -111,11 +135,10 @@ class CompiledModel(nn.Module):
     def placement(self): return self.runner().placement
 
     def forward(self, *xs):
-        self._check_weights()
+        if self._watch is not None: self._check_weights()
         xs, n = self._check(xs)
-        if n == 0: ts = self._empty(xs)
-        elif n <= self.max_bs: ts = self._call(xs, n)
-        else: ts = self._in_parts(xs, n)
+        if 0 < n <= self.max_bs: ts = self._call(xs, n)
+        else: ts = self._in_parts(xs, n) if n else self._empty(xs)
         return self.structure.build(ts)
 
     def _in_parts(self, xs, n):
@@ -128,21 +151,27 @@ class CompiledModel(nn.Module):
         return [torch.cat(p) for p in zip(*parts)]
 
     def _call(self, xs, n):
-        ts = [t.detach() if t.requires_grad else t for t in self.runner()(xs)]
-        if len(ts) != len(self.output_specs):
-            raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self.output_specs)}')
-        for t, spec in zip(ts, self.output_specs):
-            if t.ndim != len(spec.shape) or (spec.batched and t.shape[0] != n) or t.dtype != spec.dtype:
-                raise InputError(f'{self.payload.backend} returned {list(t.shape)} {t.dtype} where {spec} was expected')
+        ts = self.runner()(xs)
+        if len(ts) != len(self._outs):
+            raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self._outs)}')
+        for i, (t, (ndim, dtype, batched)) in enumerate(zip(ts, self._outs)):
+            if t.ndim != ndim or t.dtype is not dtype or (batched and t.shape[0] != n):
+                raise InputError(f'{self.payload.backend} returned {list(t.shape)} {t.dtype} '
+                                 f'where {self.output_specs[i]} was expected')
+            if not t.is_cpu: raise FallbackError(f'{self.payload.backend} answered on {t.device}; the file was made for the cpu')
+            if t.requires_grad: ts[i] = t.detach()
         return ts
 
     def _check(self, xs):
         "The inputs as plain contiguous tensors, and the batch. Raises `InputError`"
-        if len(xs) != len(self.input_specs):
+        if len(xs) != len(self._fits):
             raise InputError(f'{len(self.input_specs)} inputs are needed ({list(self.input_specs)}), not {len(xs)}')
-        res = [x if _as_is(x, *fit) else self._check_one(i, x) for i, (x, fit) in enumerate(zip(xs, self._fits))]
+        res = list(xs)
+        if not (self._all_fit and self._all_fit(*xs)) or any([x.requires_grad for x in xs]):
+            for i, (x, (dtype, tail)) in enumerate(zip(xs, self._fits)):
+                if not _as_is(x, dtype, tail): res[i] = self._check_one(i, x)
         n = res[0].shape[0]
-        for x in res[1:]:
+        for x in res:
             if x.shape[0] != n: raise InputError(f'the inputs differ in their batch: {_shapes(xs)}')
         for guard in self.guards:
             if why := guard(res): raise InputError(why)
@@ -222,7 +251,7 @@ class CompiledModel(nn.Module):
     # ---- copies
     def __getstate__(self):
         self._check_weights(everything=True)
-        return {k: v for k, v in vars(self).items() if k not in ('_run', '_pid', '_watch', '_fits')}
+        return {k: v for k, v in vars(self).items() if k not in ('_run', '_pid', '_watch', '_fits', '_outs', '_all_fit')}
     def __setstate__(self, state):
         vars(self).update(state)
         self._reset()

@@ -234,7 +234,8 @@ def _mend(step, source):
     "What to do about it"
     stage, tfm = step.where, step.tfm
     if stage == 'model':
-        return 'call F.dropout(x, p, training=self.training), or use nn.Dropout: `model.eval()` then turns it off'
+        return ('draw only `if self.training`, so that `model.eval()` turns it off; for dropout that is nn.Dropout, or '
+                'F.dropout(x, p, training=self.training)')
     if stage == 'order of rows': return '`learn.dls.valid = learn.dls.valid.new(shuffle=False)`'
     if stage == 'callback': return 'draw only `if self.training`, or set `run_valid = False` on the callback'
     own = type(tfm).__module__.startswith('fastai.')

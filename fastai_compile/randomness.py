@@ -161,7 +161,8 @@ def _put_steady(kept):
         vars(m).update(d)
         m._buffers.update({k: b for k, (b, _) in bufs.items()})
         with torch.no_grad():
-            for b, v in bufs.values(): b.copy_(v)
+            for b, v in bufs.values():
+                if not torch.equal(*[t.reshape(-1).view(torch.uint8) for t in (b, v)]): b.copy_(v) # That counts as an edit
 
 class _Model:
     "The model as a step: reset, in eval mode, without gradients"

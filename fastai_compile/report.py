@@ -23,8 +23,10 @@ class Report:
     stages:dict         # {stage: seconds}
     size_mb:float       # Of the file
     weights:str         # Where the weights are, and what that costs
+    placement:str       # Where the operators run, and the level that was reached on this machine
     runs_on:str         # 'portable' or 'this CPU type only', with what it needs
     source:str          # Where the example came from
+    frozen:Table = field(default_factory=Table) # One row for each random transform: what became of it
     notes:list = field(default_factory=list)
     pinned:str = ''     # The call that repeats the choice
     max_diff:float = 0. # Largest difference to eager on the rows of the numbers gate
@@ -40,6 +42,7 @@ class Report:
         yield 'stages', ', '.join(f'{k} {v:.1f} s' for k, v in self.stages.items())
         yield 'example', self.source
         yield 'file', f'{self.path}, {self.size_mb:.1f} MB; {self.weights}'
+        yield 'runs', self.placement
         yield 'runs on', self.runs_on
         for n in self.notes: yield 'note', n
         yield 'pinned', self.pinned
@@ -47,10 +50,11 @@ class Report:
 
     def __repr__(self):
         lines = '\n'.join(f'{k:8} {v}' for k, v in self._lines())
-        return '\n\n'.join([self.headline, repr(self.candidates), repr(self.gate), lines])
+        tables = [repr(t) for t in (self.candidates, self.frozen, self.gate) if t]
+        return '\n\n'.join([self.headline, *tables, lines])
 
     def _repr_html_(self):
         cell = lambda tag, s: f'<{tag} style="text-align:left">{escape(s)}</{tag}>'
         lines = ''.join(f"<tr>{cell('th', k)}{cell('td', v)}</tr>" for k, v in self._lines())
-        tables = self.candidates._repr_html_() + self.gate._repr_html_()
+        tables = ''.join(t._repr_html_() for t in (self.candidates, self.frozen, self.gate) if t)
         return f'<p><b>{escape(self.headline)}</b></p>{tables}<table>{lines}</table>'

@@ -25,7 +25,7 @@ def headline(
     if name == 'eager':
         return f'eager: nothing was faster than PyTorch at {at}; the file holds the model as it is'
     r = ratio(sum_timings(timings, 'eager'), sum_timings(timings, name))
-    rounds = f'rounds from {r.low:.2f} to {r.high:.2f}'
+    rounds = f'{r.low:.2f} to {r.high:.2f}'
     if r.low > 1.02: return f'{name}: {r.median:.2f} times as fast as eager at {at} ({rounds})'
     if r.high < 1:
         why = 'what is faster was refused by the gate' if config.backends is True else 'it was asked for by name'
@@ -127,6 +127,7 @@ def facts_of(
     winner,  # `Candidate`, its model finished
     verdict, # `Verdict` on its answers, or None
     timings, # {batch size: {name: `Timing`}}
+    frozen=(), # Rows on random transforms
 )->dict:
     "The manifest, without what only the bytes can tell"
     h, model = host(), winner.model
@@ -135,7 +136,8 @@ def facts_of(
     return {
         'made_by': f'fastai_compile {__version__}', 'created': datetime.now(UTC).isoformat(timespec='seconds'),
         'learner': type(learn).__name__, 'backend': winner.name, 'level': model.placement.level,
-        'target': model.placement.target, 'python': h['python'], 'os': f"{h['system']} {h['machine']}",
+        'target': model.placement.target, 'placement': str(model.placement), 'frozen': list(frozen),
+        'python': h['python'], 'os': f"{h['system']} {h['machine']}",
         'needs': model.payload.needs, 'runs_on': runs_on(model.payload.needs),
         'versions': {p: _version(p) for p in ('torch', 'fastai', 'fastcore', 'onnxruntime', 'numpy')},
         'inputs': [_spec_facts(s) for s in model.input_specs], 'outputs': [_spec_facts(s) for s in model.output_specs],

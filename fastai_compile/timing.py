@@ -6,7 +6,7 @@
 __all__ = ['Timing', 'Ratio', 'ratio', 'is_faster', 'interleave', 'others_running', 'busy']
 
 # %% ../nbs/07_timing.ipynb #44c71fe6
-import os, statistics, time
+import math, os, statistics, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Timing:
 class Ratio:
     "One candidate's time over another's, compared round by round"
     median:float
-    low:float    # Smallest and largest of the rounds: with 7 rounds the true median lies between them 98 times of 100
+    low:float    # The true median lies between `low` and `high` 98 times of 100. With 7 rounds or fewer: the extremes
     high:float
     def __repr__(self): return f'{self.median:.2f} ({self.low:.2f} to {self.high:.2f})'
 
@@ -38,8 +38,10 @@ def ratio(
     b, # `Timing` of the same run
 )->Ratio:
     "Time of `a` over time of `b`; below 1 means that `a` is faster"
-    rs = [x/y for x, y in zip(a.rounds_ms, b.rounds_ms, strict=True)]
-    return Ratio(statistics.median(rs), min(rs), max(rs))
+    rs = sorted(x/y for x, y in zip(a.rounds_ms, b.rounds_ms, strict=True))
+    out, n = 0, len(rs) # Rounds to leave out at either end: sign test, no assumption on how times are distributed
+    while sum(math.comb(n, i) for i in range(out+2)) <= .01*2**n: out += 1
+    return Ratio(statistics.median(rs), rs[out], rs[-1-out])
 
 def is_faster(
     a, # `Timing`
@@ -53,19 +55,22 @@ def is_faster(
 # %% ../nbs/07_timing.ipynb #5538e69d
 def interleave(
     fns,          # {name: function without arguments}
-    rounds=7,     # Rounds; 7 give a 98% interval for the median
+    rounds=7,     # At least; 7 give a 98% interval for the median
+    most=61,      # Quick candidates: so many rounds at most ...
+    more_s=1.,    # ... while all together stay below so many seconds
     round_s=0.05, # Aim for so many seconds for each candidate and round
     max_calls=100,
-    pause_s=0.02, # Before each turn: threads of the one before spin for a while, and would take its CPUs
+    pause_s=0.01, # Before each turn: threads of the one before spin for a while, and would take its CPUs
     budget_s=20., # With slow candidates: fewer calls, at least 1 a round, and fewer rounds, at least 3
 )->dict:          # {name: `Timing`}
-    "Time `fns` in turn, `rounds` times, after a warm-up of each"
+    "Time `fns` in turn, round by round, after a warm-up of each"
     calls, first = {}, {}
     for k, f in fns.items():
         f()
         t = time.perf_counter(); f(); first[k] = time.perf_counter()-t
         calls[k] = max(1, min(max_calls, int(round_s/max(first[k], 1e-7))))
-    rounds = max(3, min(rounds, int(budget_s/max(1e-9, sum(first[k]*calls[k] for k in fns)))))
+    each = sum(first[k]*calls[k] for k in fns)
+    rounds = max(3, min(rounds, int(budget_s/max(1e-9, each))), min(most, int(more_s/(each + pause_s*len(fns)))))
     res = {k: [] for k in fns}
     for i in range(rounds):
         for k in list(fns)[i % len(fns):] + list(fns)[:i % len(fns)]:

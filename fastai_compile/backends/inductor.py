@@ -40,11 +40,13 @@ def _of_mode(mode):
     return opts
 
 def _settings(config, name):
-    "What `config.options` say: (True, False or 'auto' for freezing, inductor's configuration). Raises `ConfigError`"
+    "What `config.options` say: (freezing, one_thread_up_to, inductor's configuration). Raises `ConfigError`"
     with quiet(): import torch._inductor
     opts, known = backend_options(config, name, None), torch._inductor.config.get_config_copy() # It differs between versions
-    freezing, mode = opts.pop('freezing', 'auto'), opts.pop('mode', 'default')
+    freezing, mode, alone = opts.pop('freezing', 'auto'), opts.pop('mode', 'default'), opts.pop('one_thread_up_to', 'auto')
     if freezing not in (True, False, 'auto'): raise ConfigError(f"freezing={freezing!r}: choose True, False or 'auto'")
+    if alone != 'auto' and (type(alone) is not int or alone < 0):
+        raise ConfigError(f"one_thread_up_to={alone!r}: give a batch size, 0 for never, or 'auto'")
     for k, v in opts.items():
         if k not in known:
             raise ConfigError(f'inductor of torch {torch.__version__} has no option {k!r}.'
@@ -54,7 +56,7 @@ def _settings(config, name):
             raise ConfigError(f'{k}={v!r}: must be a {type(known[k]).__name__}')
     settings = {k: v for k, v in _OURS.items() if k in known} | {'cpp.cxx': (None, _compiler())}
     if not shutil.which('openssl'): settings['aot_inductor.precompile_headers'] = False # Inductor hashes them with it
-    return freezing, settings | _of_mode(mode) | opts
+    return freezing, alone, settings | _of_mode(mode) | opts
 
 # %% ../../nbs/backends/30_inductor.ipynb #c38ae000
 def _why(e):
@@ -139,21 +141,29 @@ def _unpacked(files):
 
 class InductorRunner:
     "A compiled library as a function of tensors; safe to call from many threads"
-    def __init__(self, library, placement, threads): self.library, self.placement, self.threads = library, placement, threads
+    def __init__(self, library, placement, threads, one_thread_up_to=0):
+        self.library, self.placement, self.threads, self.one_thread_up_to = library, placement, threads, one_thread_up_to
     def __call__(self, xs):
-        try:
-            given = {x.untyped_storage().data_ptr() for x in xs} # An output may be a view of an input
-            if torch.get_num_threads() == self.threads: res = self.library.run(xs)
-            else:
-                with torch_threads(self.threads): res = self.library.run(xs)
+        threads, old = self.threads if xs[0].shape[0] > self.one_thread_up_to else 1, torch.get_num_threads()
+        if threads != old: torch.set_num_threads(threads)
+        try: res = self.library.run(xs)
         except Exception as e: raise BackendError(f'inductor failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
-        own = lambda o: o.untyped_storage().data_ptr() not in given
-        return [o.contiguous() if own(o) else o.clone(memory_format=torch.contiguous_format) for o in res]
+        finally:
+            if threads != old: torch.set_num_threads(old)
+        given = [x.untyped_storage().data_ptr() for x in xs] # An output may be a view of an input
+        for i, o in enumerate(res):
+            if o.untyped_storage().data_ptr() in given: res[i] = o.clone(memory_format=torch.contiguous_format)
+            elif not o.is_contiguous(): res[i] = o.contiguous()
+        return res
 
 # %% ../../nbs/backends/30_inductor.ipynb #1e14ba0c
 def _likely_frozen(captured, config):
     "Convolutions gain from packed weights where the batch is not tiny; little else does"
     return max(config.bs) >= 8 and any('conv' in str(n.target) for n in captured.program.graph.nodes if n.op == 'call_function')
+
+def _batch(captured, n):
+    "`n` rows, repeated from the example"
+    return [x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n] for x in captured.example.xb]
 
 @torch.no_grad()
 def _fault(run, captured, batches):
@@ -184,7 +194,7 @@ class InductorBackend:
         return Placement('inductor on CPU', 'lowered', {'ATen': n})
 
     def compile(self, captured, config):
-        freezing, settings = _settings(config, self.name)
+        freezing, alone, settings = _settings(config, self.name)
         if not (probe := self.probe('cpu')).usable: raise BackendUnavailable(f'inductor: {probe.reason}: `{probe.mend}`')
         threads, start, made, notes = cpu_threads(config.threads), time.perf_counter(), {}, {}
         likely = _likely_frozen(captured, config) if freezing == 'auto' else freezing
@@ -196,13 +206,32 @@ class InductorBackend:
                 except BackendError as e: error, notes[f'freezing={frozen}'] = e, str(e)
         if not made: raise error
         frozen = self._choose(made, captured, config, threads, notes)
-        opts = {k: v for k, v in backend_options(config, self.name, None).items() if k != 'freezing'}
-        made[frozen].choices = {'freezing': frozen, **notes, 'options': opts}
+        if alone == 'auto': alone = self._alone(made[frozen], captured, config, threads, notes)
+        opts = {**backend_options(config, self.name, None), 'freezing': frozen, 'one_thread_up_to': alone}
+        made[frozen].choices = {'options': opts, **notes}
         return made[frozen]
+
+    def _alone(self, payload, captured, config, threads, notes):
+        "The largest batch that is not slower in one thread; 0 where none is, or where calls are long"
+        if threads == 1: return 0
+        run, up_to, seen = self.load(payload, 'cpu', threads), 0, []
+        for n in sorted({1, *config.bs}):
+            xs = _batch(captured, n)
+            def call(k, xs=xs):
+                run.one_thread_up_to = k
+                run(xs)
+            t = interleave({k: lambda k=k, call=call: call(k) for k in (n, 0)}, more_s=2, budget_s=2)
+            if t[n].median_ms > 1: break
+            one_over_all = ratio(t[n], t[0])
+            seen.append(f'batch {n}: {one_over_all!r}')
+            if one_over_all.median > 1: break
+            up_to = n
+        if seen: notes['one thread over all'] = '; '.join(seen)
+        return up_to
 
     def _choose(self, made, captured, config, threads, notes):
         "The faster of the forms that are right; `notes` says what was found"
-        batches = [[x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n] for x in captured.example.xb] for n in config.bs]
+        batches = [_batch(captured, n) for n in config.bs]
         runs = {k: self.load(p, 'cpu', threads) for k, p in made.items()}
         faults = {k: f for k, run in runs.items() if (f := _fault(run, captured, batches))}
         notes.update({f'freezing={k}': f for k, f in faults.items()})
@@ -220,6 +249,7 @@ class InductorBackend:
             except Exception as e:
                 hint = f'\n{_TEMP}' if 'failed to map' in str(e) else ''
                 raise BackendError(f'the compiled library cannot be opened: {_why(e)}{hint}') from e
-        return InductorRunner(library, Placement(payload.placement.target, 'executed', payload.placement.operators), threads)
+        placement = Placement(payload.placement.target, 'executed', payload.placement.operators)
+        return InductorRunner(library, placement, threads, payload.choices.get('options', {}).get('one_thread_up_to', 0))
 
 register_backend(InductorBackend());

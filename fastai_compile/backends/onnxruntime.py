@@ -117,14 +117,14 @@ class OnnxRuntimeBackend:
         return Payload(self.name, {'model.onnx': to_payload_bytes(proto.SerializeToString())}, shared,
                        needs={'packages': {'onnxruntime': _oldest(proto)}},
                        placement=Placement('onnxruntime on CPU', 'compiled', {_CPU: len(proto.graph.node)}),
-                       choices={'opset': opset, 'session': dict(opts.get('session', {}))})
+                       choices={'opset': opset, 'options': opts})
 
     def load(self, payload, device, threads):
         import onnxruntime as ort
         so = ort.SessionOptions()
         so.intra_op_num_threads, so.inter_op_num_threads, so.log_severity_level = threads, 1, 3
         so.add_session_config_entry('session.force_spinning_stop', '1')
-        for k, v in payload.choices.get('session', {}).items(): so.add_session_config_entry(k, str(v))
+        for k, v in payload.choices.get('options', {}).get('session', {}).items(): so.add_session_config_entry(k, str(v))
         values = [ort.OrtValue.ortvalue_from_numpy(t.detach().numpy()) for t in payload.tensors.values()]
         if values: so.add_external_initializers(list(payload.tensors), values)
         try: session = ort.InferenceSession(bytes(_as_bytes(payload.files['model.onnx'])), so, providers=[_CPU])
