@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from fastai.callback.core import Callback
 from fastcore.foundation import L
 from .backends.base import Table
+from .draws import global_sources
 from .errors import VerificationError
 from .example import fresh_loader, plain, preserved, split_batch, synthetic_items, _has_rows, _names
 from .verify import FP32_TOLERANCE, Verdict, any_in_row, largest_diff, row_error, worst_rows
@@ -139,6 +140,7 @@ def _rows_to_check(learn, captured, limit):
 def _run(learn, model, dl, metrics):
     "(preds, decoded, metrics, names of metrics that failed) of one pass"
     cb, sh = _GateScores(metrics), shadow(learn, model)
+    for s in global_sources(): s.seed(0) # A metric may draw: both passes draw the same
     preds, _, dec = sh.get_preds(dl=dl, with_decoded=True, reorder=False, cbs=cb)
     return (preds, dec), cb.values(), cb.failed
 

@@ -84,19 +84,22 @@ def _traced_module(frame):
 
 class Listener(logging.Handler):
     "Collects graph breaks and recompiles between `start` and `stop`"
+    _levels, _listening = {}, set() # Of all listeners: how the loggers were, and who listens
     def __init__(self):
         super().__init__(logging.DEBUG)
         self.compiles, self.events, self.frames = 0, [], {}
-        self._on, self._last, self._levels = False, None, []
+        self._on, self._last = False, None
 
     def start(self):
         if self._on: return self
         self._on, self._last = True, self._newest()
         for log in map(logging.getLogger, _LOGS):
-            self._levels.append((log, log.level, log.propagate))
-            if log.level != logging.DEBUG: log.propagate = False # else the user asked for TORCH_LOGS="graph_breaks"
-            log.setLevel(logging.DEBUG)
+            if not self._listening:
+                self._levels[log] = log.level, log.propagate
+                if log.level != logging.DEBUG: log.propagate = False # else the user asked for TORCH_LOGS="graph_breaks"
+                log.setLevel(logging.DEBUG)
             log.addHandler(self)
+        self._listening.add(self)
         self._register()
         torch._dynamo.utils.reset_graph_break_dup_checker()
         return self
@@ -108,11 +111,12 @@ class Listener(logging.Handler):
         if not self._on: return
         self._read_metrics()
         self._on = False
-        for log, level, propagate in self._levels:
+        self._listening.discard(self)
+        for log, (level, propagate) in self._levels.items():
             log.removeHandler(self)
-            log.setLevel(level)
-            log.propagate = propagate
-        self._levels.clear()
+            if not self._listening: # Listeners may overlap, and end in any order
+                log.setLevel(level)
+                log.propagate = propagate
         starts = torch._dynamo.callback.callback_handler.start_callbacks
         if self._compile_starts in starts: starts.remove(self._compile_starts)
 

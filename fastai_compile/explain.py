@@ -35,7 +35,10 @@ class Explanation:
     captured:dict     # {names of rewrites: `Captured`, or the `CompileError` that a capture raised}
     placements:dict   # {backend: `Placement`, or the error that `coverage` raised} of those that can run here
     @property
-    def ok(self): return bool(self.placements) and any(not isinstance(p, Exception) for p in self.placements.values())
+    def ok(self):
+        "Whether an export is likely to succeed"
+        if any(r['part'] == 'freeze' and r['found'].startswith('would raise') for r in self.rows): return False
+        return bool(self.placements) and any(not isinstance(p, Exception) for p in self.placements.values())
     def __repr__(self): return repr(self.rows)
     def _repr_html_(self): return self.rows._repr_html_()
 

@@ -17,11 +17,11 @@ from fastcore.foundation import L
 from fasttransform.transform import Pipeline, Transform
 from .backends.base import Table
 from .config import check_policy
-from .draws import sources_kept
+from .draws import Turn, sources_kept
 from .errors import RandomTransformError
 from .held import FrozenCall, FrozenTransform
-from .randomness import (Search, model_inputs, search_callbacks, search_loader, search_model,
-                                       untouched, _loader, _search_procs)
+from .random_model import model_inputs, search_model
+from .randomness import Search, search_callbacks, search_loader, untouched, _loader, _search_procs
 from .reach import World
 
 # %% ../nbs/04_freeze.ipynb #98748124
@@ -133,7 +133,7 @@ class Plan:
         kw = {n: self.pipe(n, getattr(dl, n)) for n in ('after_item', 'before_batch', 'after_batch') if n in stages}
         if self.in_order: kw['shuffle'] = False
         res = dl.new(**kw)
-        res.dataset = self.dataset(dl.dataset)
+        res.dataset, res.n = self.dataset(dl.dataset), dl.n
         for n in kw.keys() - {'shuffle'}:
             if isinstance(kw[n], Pipeline): getattr(res, n).split_idx = kw[n].split_idx
         return res
@@ -142,7 +142,7 @@ def _stand_in(f, how, n_inp):
     tfm = f.step.tfm
     rows = f.step.slot[0] == 'after_batch'
     if isinstance(tfm, Transform): return FrozenTransform(tfm, how, n_inp, rows, f.step.split)
-    return FrozenCall(tfm, how, n_inp)
+    return FrozenCall(tfm, how, n_inp, rows)
 
 def _stage(slot): return ' '.join(slot) if slot[0] == 'attribute' else slot[0]
 
@@ -161,9 +161,10 @@ def make_plan(
     policy, # One of `POLICIES`
     found,  # `Finding`s of that loader
     call='FreezeTransforms({!r})', # How the user would write another policy
+    n_inp=None, # How many parts of a batch are inputs, where its dataset does not say
 )->Plan:
     "Decide what becomes of each finding. Raises `RandomTransformError`"
-    plan, n_inp = Plan(), getattr(dl.dataset, 'n_inp', None) or getattr(dl, '_n_inp', None)
+    plan, n_inp = Plan(), getattr(dl.dataset, 'n_inp', None) or getattr(dl, '_n_inp', None) or n_inp
     for f in found:
         how, cost = 'not tested, left as it is', ''
         if f.tested:
@@ -179,10 +180,12 @@ def make_plan(
 
 def _check_plan(plan, dl, idxs, found, policy, call):
     "Search again, with everything frozen"
-    left = [f for f in search_loader(plan(dl), idxs)[0].found if f.tested]
+    again = search_loader(plan(dl), idxs)[0].found
+    left = [f for f in again if f.tested or ('(frozen: ' in f.name and 'raise' in f.source + f.evidence)]
     if not left: return
     f = next((o for o in found if o.step.where == left[0].step.where), left[0])
-    raise _refuse(f, policy, f'frozen by {policy!r} it still varies ({left[0].source})', call)
+    what = f'it still varies ({left[0].source})' if left[0].tested else f'it fails ({left[0].evidence})'
+    raise _refuse(f, policy, f'frozen by {policy!r} {what}', call)
 
 def plan_loader(
     learn,  # Learner, for its model
@@ -194,10 +197,10 @@ def plan_loader(
 )->Plan:
     "Find what varies and decide. Raises `RandomTransformError`"
     search = Search()
-    with untouched(learn, dl), sources_kept():
+    with Turn.lock, untouched(learn, dl), sources_kept():
         _search_procs(search, learn, items)
         search, b = search_loader(dl, idxs, search)
-        plan = make_plan(dl, policy, search.found, call)
+        plan = make_plan(dl, policy, search.found, call, getattr(learn.dls, 'n_inp', None))
         found = list(search.found)
         if plan.swaps or plan.in_order:
             _check_plan(plan, dl, idxs, found, policy, call)
@@ -218,7 +221,10 @@ def apply_freeze(
     "What export uses: copies that can be pickled. Raises `RandomTransformError`"
     check_policy(policy)
     with untouched(learn): dl, idxs = _loader(learn, items, 2)
-    if dl is None: return learn.dls, Table()
+    if dl is None:
+        why = 'not tested: no validation rows, no `items=[...]`, and blocks that are unknown'
+        row = {'transform': 'the whole pipeline', 'where': '', 'source': why, 'frozen': 'left as it is', 'cost': ''}
+        return learn.dls, Table([row])
     plan = plan_loader(learn, dl, idxs, policy, call, items)
     if not plan.swaps and not plan.in_order: return learn.dls, plan.rows
     with untouched(learn):
@@ -266,13 +272,13 @@ class FreezeTransforms(Callback):
     order, run_train = -20, False
     def __init__(self,
         policy='auto', # One of `POLICIES`
-    ): self.policy, self.frozen_rows, self._plans = check_policy(policy), Table(), {}
+    ): self.policy, self.frozen_rows, self._plans, self._was = check_policy(policy), Table(), {}, None
     def __getstate__(self): return {**self.__dict__, '_plans': {}, '_was': None}
     def __repr__(self): return f'{type(self).__name__}({self.policy!r})'
 
     def before_validate(self):
-        dl = self.learn.dl
-        self._was = dl
+        dl = self._was = self.learn.dl
+        if not hasattr(dl, 'dataset'): return # `show_results` passes a list of batches
         if _wants_training(dl.dataset): return # `learn.tta`: its randomness is the user's choice
         parts = self._parts(dl)
         key = tuple(id(o) for o in parts)

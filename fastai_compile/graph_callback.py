@@ -46,7 +46,7 @@ class GraphBreakCallback(Callback):
         self._n, self._recompiles, self._breaks = 0, [], []
 
     def __getstate__(self):
-        own = {k: v for k, v in vars(self).items() if k not in ('learn', '_recompiles', '_breaks')}
+        own = {k: v for k, v in vars(self).items() if k not in ('_recompiles', '_breaks')}
         return {**own, '_listener': None, '_recompiles': [], '_breaks': []} # Events hold layers
     def __setstate__(self, state):
         vars(self).update(state)

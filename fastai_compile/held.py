@@ -17,14 +17,15 @@ from .reach import World, pinned
 class FrozenTransform(Transform):
     "A copy of a transform, held still"
     def __init__(self,
-        tfm,   # The transform; copied
+        tfm,   # The transform; copied where it is pinned
         how,   # 'valid', 'skip' or 'seed'
         n_inp=None, # How many parts of a tuple are inputs: a label must not change what is drawn
         rows=False, # Whether it gets batches: pinned, it then runs row by row
         split=None, # The split that its pipeline believed in
     ):
         super().__init__(order=getattr(tfm, 'order', 0))
-        self.tfm, self.how, self.n_inp, self.rows, self.split = copy.deepcopy(tfm), how, n_inp, rows, split
+        self.tfm, self.how, self.n_inp, self.rows, self.split = tfm, how, n_inp, rows, split
+        if how == 'seed': self.tfm = copy.deepcopy(tfm) # It runs from a state of its own
         self.world = self.base = None
 
     @property
@@ -58,28 +59,33 @@ class FrozenTransform(Transform):
 
     def _pinned(self, b, split_idx, kwargs):
         if self.world is None: self.world, self.base = _start(self.tfm)
-        inputs = b[:self.n_inp] if isinstance(b, tuple) and self.n_inp else b
-        with pinned(self.world, self.base, inputs): return self.tfm(b, split_idx=split_idx, **kwargs)
+        with pinned(self.world, self.base, _inputs(b, self.n_inp)): return self.tfm(b, split_idx=split_idx, **kwargs)
 
     def _by_row(self, b, split_idx, kwargs):
-        parts = b if isinstance(b, tuple) else (b,)
-        n = {len(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in parts}
-        if len(n) != 1 or None in n:
-            raise RandomTransformError(f'{self.tfm.name} cannot be pinned row by row: the batch '
-            f"holds {', '.join(type(x).__name__ for x in parts)} of different lengths. Use freeze='skip'")
-        rows = [tuple(x[i:i+1] for x in parts) for i in range(n.pop())]
-        outs = [self._pinned(r if isinstance(b, tuple) else r[0], split_idx, kwargs) for r in rows]
-        if not isinstance(b, tuple): return _joined(self.tfm, outs)
-        return tuple(_joined(self.tfm, col) for col in zip(*outs))
+        return _by_row(self.tfm.name, lambda r: self._pinned(r, split_idx, kwargs), b)
+
+def _inputs(b, n_inp):
+    "The parts of a tuple that are inputs; the last one is the target where nobody says how many"
+    return b[:n_inp or max(1, len(b)-1)] if isinstance(b, tuple) else b
+
+def _by_row(name, run, b):
+    parts = b if isinstance(b, tuple) else (b,)
+    n = {len(x) if isinstance(x, torch.Tensor) and x.ndim else None for x in parts}
+    if len(n) != 1 or None in n:
+        raise RandomTransformError(f'{name} cannot be pinned row by row: the batch '
+        f"holds {', '.join(type(x).__name__ for x in parts)} of different lengths. Use freeze='skip'")
+    outs = [run(r if isinstance(b, tuple) else r[0]) for r in [tuple(x[i:i+1] for x in parts) for i in range(n.pop())]]
+    if not isinstance(b, tuple): return _joined(name, outs)
+    return tuple(_joined(name, col) for col in zip(*outs))
 
 def _start(tfm):
     world = World(tfm)
     return world, world.save()
 
-def _joined(tfm, xs):
+def _joined(name, xs):
     sizes = {tuple(x.shape[1:]) for x in xs}
     if len(sizes) > 1:
-        raise RandomTransformError(f'{tfm.name} cannot be pinned row by row: it gives rows of different sizes, '
+        raise RandomTransformError(f'{name} cannot be pinned row by row: it gives rows of different sizes, '
                                    f'{sorted(sizes)[:3]}. Put a resize after it, in the item transforms')
     return torch.cat(list(xs))
 
@@ -89,13 +95,18 @@ class FrozenCall:
         fn,  # The function; copied
         how, # 'skip' or 'seed'
         n_inp=None, # As in `FrozenTransform`
-    ): self.fn, self.how, self.n_inp, self.world = copy.deepcopy(fn), how, n_inp, None
+        rows=False, # As in `FrozenTransform`
+    ): self.fn, self.how, self.n_inp, self.rows, self.world = copy.deepcopy(fn), how, n_inp, rows, None
     def __repr__(self): return f'{getattr(self.fn, "__name__", self.fn)} (frozen: {self.how})'
     def __getstate__(self): return {**self.__dict__, 'world': None, 'base': None}
-    def __deepcopy__(self, memo): return type(self)(self.fn, self.how, self.n_inp)
+    def __deepcopy__(self, memo): return type(self)(self.fn, self.how, self.n_inp, self.rows)
     def __call__(self, *args, **kwargs):
         if self.how == 'skip': return args[0] if len(args) == 1 else args
         if self.world is None: self.world, self.base = _start(self.fn)
-        one = args[0] if len(args) == 1 else args
-        inputs = one[:self.n_inp] if isinstance(one, tuple) and self.n_inp and len(args) == 1 else one
+        if self.rows and len(args) == 1:
+            b = tuple(args[0]) if isinstance(args[0], list) else args[0]
+            return _by_row(getattr(self.fn, '__name__', 'the function'), lambda r: self._pinned((r,), kwargs), b)
+        return self._pinned(args, kwargs)
+    def _pinned(self, args, kwargs):
+        inputs = _inputs(args[0], self.n_inp) if len(args) == 1 else args
         with pinned(self.world, self.base, inputs): return self.fn(*args, **kwargs)

@@ -6,7 +6,7 @@
 __all__ = ['Step', 'Finding', 'Findings', 'Entropy', 'probe_step']
 
 # %% ../nbs/03_probe.ipynb #6aa1435e
-import copy, linecache, os, random, re, sys, time
+import copy, linecache, os, random, re, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -85,7 +85,9 @@ class Entropy:
     @contextmanager
     def watched(self):
         make, system, plain = np.random.default_rng, random._urandom, os.urandom
+        here, forced = threading.get_ident(), [8] # Later ones are ordinary, so that a loop that rejects draws ends
         def rng(seed=None):
+            if threading.get_ident() != here: return make(seed)
             at = len(self.used)
             res = make(seed)
             if seed is None:
@@ -93,8 +95,10 @@ class Entropy:
                 Source('', res).start(self.kind, len(self.used))
             return res
         def taken(n):
+            if threading.get_ident() != here: return plain(n)
             self.used.append('os.urandom')
-            return plain(n) if self.kind == 'seed' else (b'\0' if self.kind.endswith('low') else b'\xff')*n
+            forced[0] -= 1
+            return plain(n) if self.kind == 'seed' or forced[0] < 0 else (b'\0' if self.kind.endswith('low') else b'\xff')*n
         np.random.default_rng, random._urandom, os.urandom = rng, taken, taken
         try: yield self
         finally: np.random.default_rng, random._urandom, os.urandom = make, system, plain

@@ -6,13 +6,14 @@
 __all__ = ['user_file', 'functions_of', 'World', 'Snapshot', 'difference', 'content', 'pinned']
 
 # %% ../nbs/03_reach.ipynb #62c67335
-import collections, copy, functools, hashlib, itertools, os, random, sysconfig, threading, types
+import collections, copy, functools, hashlib, itertools, os, pickle, random, sysconfig, threading, types
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from PIL import Image
-from .draws import Source, global_sources
+from .draws import Source, Turn, global_sources
+from .errors import RandomTransformError
 
 # %% ../nbs/03_reach.ipynb #68e1e820
 _LIBRARIES = tuple({sysconfig.get_path(k) for k in ('stdlib', 'platstdlib', 'purelib', 'platlib')})
@@ -160,7 +161,7 @@ def _inside(o):
     "What is inside of `o`, to be put back later; None for what cannot change"
     if isinstance(o, torch.Tensor):
         return o.detach().clone() if o.layout == torch.strided else None
-    if isinstance(o, np.ndarray): return None if o.dtype.hasobject else o.copy()
+    if isinstance(o, np.ndarray): return None if o.dtype.hasobject or not o.flags.writeable else o.copy()
     if isinstance(o, (dict, list, set, collections.deque)): return copy.copy(o) if len(o) <= 1000 else None
     if isinstance(o, (type, types.FunctionType)) or not hasattr(o, '__dict__'): return None
     return {k: _still(v) for k, v in vars(o).items()}
@@ -170,7 +171,7 @@ def _put_back(o, i):
         if not torch.equal(o.detach().nan_to_num(), i.nan_to_num()):
             with torch.no_grad(): o.copy_(i)
     elif isinstance(o, np.ndarray):
-        if not np.array_equal(o, i): o[...] = i
+        if o.tobytes() != i.tobytes(): o[...] = i
     elif isinstance(o, dict): _refill(o, i)
     elif isinstance(o, (set, collections.deque, list)):
         if o != i if isinstance(o, set) else len(o) != len(i) or any(a is not b for a, b in zip(o, i)):
@@ -230,8 +231,6 @@ def _of_arrays(a, b):
     return diff if diff > limit*max(a.nan_to_num(0., 0., 0.).abs().max().item(), 1e-30) else None
 
 # %% ../nbs/03_reach.ipynb #80482c56
-_lock = threading.RLock()
-
 def content(
     x, # An item, or a tuple of its inputs
 )->bytes:
@@ -240,6 +239,7 @@ def content(
     def add(o):
         h.update(type(o).__name__.encode() if not isinstance(o, os.PathLike) else b'path')
         if isinstance(o, torch.Tensor): add(o.detach().as_subclass(torch.Tensor).cpu().contiguous().numpy())
+        elif isinstance(o, np.ndarray) and o.dtype.hasobject: add(o.tolist()) # Its bytes are addresses
         elif isinstance(o, np.ndarray): h.update(f'{o.shape}{o.dtype}'.encode() + np.ascontiguousarray(o).tobytes())
         elif isinstance(o, Image.Image): h.update(f'{o.size}{o.mode}'.encode() + o.tobytes())
         elif isinstance(o, os.PathLike): h.update(Path(o).read_bytes() if Path(o).is_file() else os.fspath(o).encode())
@@ -250,7 +250,10 @@ def content(
             for v in o: add(v)
         elif isinstance(o, (str, bytes, int, float, bool, type(None), np.generic)): h.update(repr(o).encode())
         elif hasattr(o, '__dict__'): add(vars(o))
-        else: raise TypeError(f'{type(o).__name__} has no content that could be pinned')
+        else:
+            try: h.update(pickle.dumps(o))
+            except Exception as e:
+                raise RandomTransformError(f"{type(o).__name__} has no content that could be pinned: use freeze='skip'") from e
     add(x)
     return h.digest()
 
@@ -261,11 +264,12 @@ def pinned(
     x,     # What the draws shall depend on
 ):
     "Run what is inside with every source seeded from the content of `x`, and put everything back"
-    seed, make = int.from_bytes(content(x)[:8], 'little'), np.random.default_rng
-    with _lock:
+    seed, here = int.from_bytes(content(x)[:8], 'little'), threading.get_ident()
+    with Turn.lock:
         now = world.save()
         base.restore()
-        np.random.default_rng = lambda s=None: make(seed if s is None else s)
+        make = np.random.default_rng
+        np.random.default_rng = lambda s=None: make(seed if s is None and threading.get_ident() == here else s)
         for s in world.sources: s.seed(seed)
         try: yield
         finally:
