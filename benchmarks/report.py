@@ -3,7 +3,7 @@ import json
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import families, model, overhead
+from benchmarks import diagnose, families, model, overhead
 from benchmarks.common import RESULTS, ROOT
 
 TEXT = """\
@@ -13,8 +13,9 @@ Each script prints its result and writes it to `results/`, with the machine, the
 `python benchmarks/report.py` makes this page of it. What was not run says "not run".
 
 Competing times are taken in turn, round by round, in one process, each turn after a pause, in which the threads of
-the one before stop spinning, and a warm-up. A ratio is the median of the rounds, with the smallest and largest round
-in brackets. Run them on a machine that does nothing else: `load_at_start` in a result says whether it did.
+the one before stop spinning, and a warm-up. A ratio is the median of the rounds; in brackets stand the bounds between which
+the true median lies 98 times of 100 (with 7 rounds or fewer: the smallest and the largest). Run them on a machine that does
+nothing else: `load_at_start` in a result says whether it did.
 `OMP_WAIT_POLICY` is left as it is: with `PASSIVE`, which helps beside other load, threads sleep, and waking one on an
 idle virtual machine took 0.5 ms, more than 20 small models.
 
@@ -30,6 +31,13 @@ All take and return tensors; ONNX Runtime by hand has the defaults of its sessio
 `python benchmarks/overhead.py`: capture, conversion and session of `compile='onnxruntime'`, and the same three steps by hand.
 
 {overhead}
+
+## What is random, and what breaks the graph
+
+`python benchmarks/diagnose.py`: planted mistakes, harmless pipelines and causes of graph breaks, which are those of the tests.
+For each policy the table says what became of the transform; "error" means a `RandomTransformError` that names it.
+
+{diagnose}
 
 ## Families of learners
 
@@ -49,7 +57,8 @@ def _described(module, name: str) -> str:
 
 def text() -> str:
     "The page"
-    return TEXT.format(model=_described(model, "model"), overhead=_described(overhead, "overhead"), families=families.describe())
+    return TEXT.format(model=_described(model, "model"), overhead=_described(overhead, "overhead"),
+                       diagnose=_described(diagnose, "diagnose"), families=families.describe())
 
 
 if __name__ == "__main__": (ROOT / "benchmarks" / "README.md").write_text(text())
