@@ -32,6 +32,7 @@ from benchmarks.common import RESULTS, facts, table, where, write
 from benchmarks.families_data import classifier
 
 OUT = RESULTS / "diagnose.json"
+PARTS = ["costs", "breaks", "harmless", "mistakes"]
 POLICIES = ("auto", "valid", "skip", "seed")
 OPEN = """
 import json, random, sys, warnings
@@ -207,24 +208,30 @@ def describe(data: dict) -> str:
         f"recompiles {c['find_breaks without recompiles, s']:.1f} s; `explain` {c['explain, s']:.1f} s.",
         f"- `GraphBreakCallback` on a step of a tiny compiled model ({cb['us a step']:.0f} us): {spread(cb['times with'])} times "
         f"the time; a second learner without it: {spread(cb['times of a second without'])}."]
+    said = {}
+    for part, run in data["runs"].items(): said.setdefault(where(run), []).append(part)
+    runs = [f"{', '.join(parts)}: {run}" for run, parts in said.items()]
     yes = lambda r: {k: "yes" if v is True else "no" if v is False else v for k, v in r.items()}
-    return "\n\n".join(["\n".join(lines), table([yes(r) for r in m]), table([yes(r) for r in b]), where(data["run"])])
+    return "\n\n".join(["\n".join(lines), table([yes(r) for r in m]), table([yes(r) for r in b]), *runs])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is not run keeps its last result")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
     args = parser.parse_args()
     if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
     warnings.simplefilter("ignore")
     from helpers import make_images
-    data = {"run": facts()}
+    run, data = facts(), json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}
+    data["runs"] |= dict.fromkeys(args.parts, run)
     with tempfile.TemporaryDirectory() as tmp:
         folder, out = make_images(Path(tmp) / "pixels", n=20), Path(tmp) / "files"
         out.mkdir()
-        data |= {"costs": costs(Path(tmp) / "cost"), "breaks": breaks(), "harmless": harmless(folder)}
-        data["mistakes"] = mistakes(folder, out)
+        make = {"costs": lambda: costs(Path(tmp) / "cost"), "breaks": breaks, "harmless": lambda: harmless(folder),
+                "mistakes": lambda: mistakes(folder, out)}
+        for part in args.parts: data[part] = make[part]()
         write(args.out, data)
     print(describe(data))
     return 0

@@ -159,7 +159,9 @@ def describe(data: dict) -> str:
                      f"{'not slower by more' if v['holds'] else 'SLOWER BY MORE'}")
     holds = all(m["verdict"]["holds"] for m in data["results"])
     lines.append(f"- Never slower than the best by more than the run's own spread: {'holds' if holds else 'DOES NOT HOLD'}")
-    return "\n\n".join([table(rows), "\n".join(lines), where(data["run"])])
+    runs = {}
+    for m in data["results"]: runs.setdefault(where(m["run"]), []).append(f"{m['model']} {m['batch']}")
+    return "\n\n".join([table(rows), "\n".join(lines), *[f"{', '.join(what)}: {run}" for run, what in runs.items()]])
 
 
 def main() -> int:
@@ -174,12 +176,14 @@ def main() -> int:
     args = parser.parse_args()
     if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
     warnings.simplefilter("ignore")
-    data = {"run": facts(), "size": args.size, "results": []}
+    run, old = facts(), json.loads(args.out.read_text())["results"] if args.out.exists() else []
+    data = {"results": [r for r in old if r["model"] not in args.models]} # What is not measured again keeps its own run
     with tempfile.TemporaryDirectory() as tmp:
         for name in args.models:
             for batch in args.batches:
                 path = Path(tmp) / f"{name}{batch}"
-                data["results"].append(measure(name, batch, args.size, args.rounds, args.round_s, path))
+                res = measure(name, batch, args.size, args.rounds, args.round_s, path)
+                data["results"].append({**res, "size": args.size, "run": run})
                 write(args.out, data)
     print(describe(data))
     return 0 if all(m["verdict"]["holds"] for m in data["results"]) else 1
