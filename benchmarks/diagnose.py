@@ -22,8 +22,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import MSELossFlat
-from fastai.tabular.core import Tabular
-from fastai.vision.all import get_image_files, resnet18
+from fastai.vision.all import resnet18
 from torch.utils.data import TensorDataset
 from fastai_compile import (CompileError, GraphBreakCallback, RandomTransformError, find_breaks, find_random, frozen)
 from fastai_compile.reach import difference
@@ -64,15 +63,6 @@ def _preds(learn, seed, **kwargs):
     return learn.get_preds(**kwargs)[0]
 
 
-def _items(learn, folder):
-    import random_mistakes as cases
-    from helpers import make_frame
-    ds = learn.dls.valid.dataset
-    if isinstance(ds, Tabular): return make_frame(5, seed=2).dropna()
-    if isinstance(ds, cases.Squares): return [cases.Squares()[i] for i in range(5)]
-    return list(ds.items[:5]) if isinstance(ds.items[0], str) else get_image_files(folder).sorted()[:5]
-
-
 def _frozen(learn, policy):
     "What a policy makes of it"
     try:
@@ -84,13 +74,14 @@ def _frozen(learn, policy):
 
 def _fresh(learn, row, folder, out):
     "Freeze, export, and keep the answers for the process that opens the file"
+    from random_mistakes import items_of
     policy = next((p for p in ("seed", "skip", "auto") if row[p] not in ("error", "in order", "STILL VARIES")), None)
     if policy is None: return "nothing to freeze"
     try: learn.export(out / f"{row['name']}.pkl", compile="eager", freeze=policy, verify="numbers")
     except CompileError as e: return f"not exported, {type(e).__name__}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again, items = load_learner(out / f"{row['name']}.pkl"), _items(learn, folder)
+        again, items = load_learner(out / f"{row['name']}.pkl"), items_of(learn, folder)
     try: torch.save(_preds(again, 1, dl=again.dls.test_dl(items, num_workers=0)), out / f"{row['name']}.wanted")
     except CompileError as e:
         (out / f"{row['name']}.pkl").unlink()

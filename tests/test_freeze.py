@@ -13,7 +13,6 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_image_files
 from fastai.learner import load_learner
-from fastai.tabular.core import Tabular
 from fastai.vision.augment import Brightness, Flip, RandomResizedCropGPU, aug_transforms
 from fastai.vision.core import PILImage, TensorImage
 from fasttransform.transform import Transform
@@ -25,7 +24,7 @@ from fastai_compile.randomness import find_random
 from fastai_compile.reach import difference
 
 import random_mistakes as cases
-from helpers import fresh, make_frame, make_images
+from helpers import fresh, make_images
 
 PINNED = ("auto", "skip", "seed")
 by_name = {"ids": lambda c: c.name}
@@ -317,34 +316,15 @@ def test_tta_is_the_users_choice(folder):
 
 # ---- a fresh process
 
-def _items(learn, folder):
-    ds = learn.dls.valid.dataset
-    if isinstance(ds, Tabular): return make_frame(5, seed=2).dropna()
-    if isinstance(ds, cases.Squares): return [cases.Squares()[i] for i in range(5)]
-    if isinstance(ds.items[0], str): return list(ds.items[:5])
-    return get_image_files(folder).sorted()[:5]
-
-
-def test_frozen_survives_export_and_a_fresh_process(learner_of, folder, tmp_path):
-    wanted, tried = {}, {}
-    for case in cases.MISTAKES:
-        policy = next((p for p in ("seed", "skip", "auto") if getattr(case, p) not in ("raises", "in order")), None)
-        if policy is None: continue
-        learn = copy.copy(learner_of(case))
-        learn.dls, _ = apply_freeze(learn, policy)
-        items = _items(learn, folder)
-        wanted[case.name] = preds(learn, 1, dl=learn.dls.test_dl(items, num_workers=0)).tolist()
-        torch.save(items, tmp_path / f"{case.name}.items")
-        learn.export(tmp_path / f"{case.name}.pkl")
-        tried[case.name] = policy
-    assert len(wanted) >= 25
+def predicted_afresh(folder):
+    "{name: predictions under two seeds} of the learners in `folder`, by a fresh process"
     code = f"""
 from pathlib import Path
 import random, numpy as np, torch
 from fastai.learner import load_learner
 import fastai.callback.progress
 res = {{}}
-for f in Path({str(tmp_path)!r}).glob('*.pkl'):
+for f in Path({str(folder)!r}).glob('*.pkl'):
     learn, out = load_learner(f), []
     items = torch.load(f.with_suffix('.items'), weights_only=False)
     for seed in (7, 8):
@@ -352,7 +332,23 @@ for f in Path({str(tmp_path)!r}).glob('*.pkl'):
         with learn.no_bar(): out.append(learn.get_preds(dl=learn.dls.test_dl(items, num_workers=0))[0].tolist())
     res[f.stem] = out
 answer(res)"""
-    got = fresh(code, path=[Path(__file__).parent])
+    return fresh(code, path=[Path(__file__).parent])
+
+
+def test_frozen_survives_export_and_a_fresh_process(learner_of, folder, tmp_path, monkeypatch):
+    wanted, tried = {}, {}
+    for case in cases.MISTAKES:
+        policy = next((p for p in ("seed", "skip", "auto") if getattr(case, p) not in ("raises", "in order")), None)
+        if policy is None: continue
+        learn = learner_of(case)
+        monkeypatch.setattr(learn, "dls", apply_freeze(learn, policy)[0])
+        items = cases.items_of(learn, folder)
+        wanted[case.name] = preds(learn, 1, dl=learn.dls.test_dl(items, num_workers=0)).tolist()
+        torch.save(items, tmp_path / f"{case.name}.items")
+        learn.export(tmp_path / f"{case.name}.pkl")
+        tried[case.name] = policy
+    assert len(wanted) >= 25
+    got = predicted_afresh(tmp_path)
     assert got.keys() == wanted.keys()
     wrong = {n: tried[n] for n in wanted for p in got[n] if difference(torch.tensor(p),
                                                                        torch.tensor(wanted[n])) is not None}

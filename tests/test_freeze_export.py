@@ -1,11 +1,9 @@
 """What is random never reaches a file unnoticed: `export` freezes it or names it; and nothing runs elsewhere unnoticed."""
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from fastai.learner import load_learner
-from fastai.tabular.all import Tabular
 from fastai.vision.all import get_image_files
 
 from fastai_compile import (ConfigError, FallbackError, FreezeTransforms, RandomTransformError, VerificationError,
@@ -14,8 +12,8 @@ from fastai_compile.backends.base import Placement, register_backend, _registry
 from fastai_compile.backends.onnxruntime import OnnxRuntimeBackend
 from fastai_compile.reach import difference
 import random_mistakes as cases
-from helpers import fresh, make_frame, make_images
-from test_freeze import preds
+from helpers import make_images
+from test_freeze import predicted_afresh, preds
 
 each_unsettled = pytest.mark.parametrize("case", [c for c in cases.MISTAKES if c.auto == "raises"], ids=lambda c: c.name)
 
@@ -25,14 +23,6 @@ def folder(tmp_path_factory): return make_images(tmp_path_factory.mktemp("pixels
 
 
 def case_of(name): return next(c for c in cases.MISTAKES if c.name == name)
-
-
-def items_of(learn, folder):
-    ds = learn.dls.valid.dataset
-    if isinstance(ds, Tabular): return make_frame(5, seed=2).dropna()
-    if isinstance(ds, cases.Squares): return [cases.Squares()[i] for i in range(5)]
-    if isinstance(ds.items[0], str): return list(ds.items[:5])
-    return get_image_files(folder).sorted()[:5]
 
 
 # ---- random transforms
@@ -56,7 +46,7 @@ def test_frozen_survives_a_compiled_export_and_a_fresh_process(folder, tmp_path)
         policy = next((p for p in ("seed", "skip", "auto") if getattr(case, p) not in ("raises", "in order")), None)
         if policy is None: continue
         learn = case.make(folder)
-        dls, items = learn.dls, items_of(learn, folder)
+        dls, items = learn.dls, cases.items_of(learn, folder)
         if isinstance(items[0] if isinstance(items, list) else 0, str): continue # these models take one length of text
         report = learn.export(tmp_path / f"{case.name}.pkl", compile="eager", freeze=policy, verify="numbers")
         assert learn.dls is dls and [r["frozen"] for r in report.frozen] == [getattr(case, policy)]
@@ -65,21 +55,7 @@ def test_frozen_survives_a_compiled_export_and_a_fresh_process(folder, tmp_path)
         wanted[case.name] = preds(again, 1, dl=again.dls.test_dl(items, num_workers=0)).tolist()
         tried[case.name] = policy
     assert len(wanted) >= 8
-    code = f"""
-from pathlib import Path
-import random, numpy as np, torch
-from fastai.learner import load_learner
-import fastai.callback.progress
-res = {{}}
-for f in Path({str(tmp_path)!r}).glob('*.pkl'):
-    learn, out = load_learner(f), []
-    items = torch.load(f.with_suffix('.items'), weights_only=False)
-    for seed in (7, 8):
-        random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
-        with learn.no_bar(): out.append(learn.get_preds(dl=learn.dls.test_dl(items, num_workers=0))[0].tolist())
-    res[f.stem] = out
-answer(res)"""
-    got = fresh(code, path=[Path(__file__).parent])
+    got = predicted_afresh(tmp_path)
     assert got.keys() == wanted.keys()
     wrong = {n: tried[n] for n in wanted for p in got[n] if difference(torch.tensor(p),
                                                                        torch.tensor(wanted[n])) is not None}
