@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'FORMAT', 'make_blob', 'read_blob', 'open_blob', 'pickle_globals', 'where_from', 'glob_escape',
-           'check_target', 'write_artifact', 'Manifest', 'inspect_artifact', 'open_artifact']
+           'check_target', 'write_artifact', 'write_whole', 'Manifest', 'inspect_artifact', 'open_artifact']
 
 # %% ../nbs/06_artifact.ipynb #ddaa71d7
 import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickletools
@@ -168,13 +168,14 @@ def glob_escape(name): "`name` for use in a glob pattern"; return re.sub(r'([*?[
 
 def check_target(
     path, # Where a file is to be written
+    replaces_folder=False, # Whether a folder may stand there
 )->Path:  # The path that will really be written: links are followed
     "Raise `WriteError` early for a path that cannot be written"
     try: path = Path(path)
     except TypeError:
         raise WriteError(f'export with `compile` writes to a path, not to a {type(path).__name__}') from None
     path = Path(os.path.realpath(path))
-    if path.is_dir(): raise WriteError(f'{path} is a folder: give the name of a file in it')
+    if path.is_dir() and not replaces_folder: raise WriteError(f'{path} is a folder: give the name of a file in it')
     folder = path.parent
     if not folder.is_dir():
         raise WriteError(f'there is no folder {folder}: make it first, `Path({str(folder)!r}).mkdir(parents=True)`')
@@ -188,21 +189,31 @@ def write_artifact(
     pickle_protocol=2, # Of the outer pickle
 )->int:       # Bytes written
     "Write the envelope, whole or not at all. Raises `WriteError`"
+    blob = make_blob(manifest, inner)
+    def save(f): torch.save(_Envelope(blob), f, pickle_protocol=pickle_protocol)
+    return write_whole(path, len(blob), save, lambda tmp: _blob_of(tmp) == blob)
+
+def write_whole(
+    path,  # The file
+    size,  # Bytes that it will take, about
+    save,  # Writes to an open file
+    same,  # Whether the file of this path gives back what was written
+)->int:    # Bytes written
+    "Write a file, whole or not at all. Raises `WriteError`"
     path = check_target(path)
     _sweep(path)
-    blob = make_blob(manifest, inner)
     free = shutil.disk_usage(path.parent).free
-    if free < len(blob) + 2**16:
-        raise WriteError(f'{path.parent} has {free/1e6:.1f} MB free, {len(blob)/1e6:.1f} MB are needed')
+    if free < size + 2**16:
+        raise WriteError(f'{path.parent} has {free/1e6:.1f} MB free, {size/1e6:.1f} MB are needed')
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     tmp = None
     try:
         fd, name = tempfile.mkstemp(_TMP, f'.{path.name}.{os.getpid()}.', path.parent)
         tmp = Path(name)
         with os.fdopen(fd, 'wb') as f:
-            torch.save(_Envelope(blob), f, pickle_protocol=pickle_protocol)
+            save(f)
             f.flush(); os.fsync(f.fileno())
-        if _blob_of(tmp) != blob: raise WriteError(f'{path.parent} did not give back what was written: a faulty disk?')
+        if not same(tmp): raise WriteError(f'{path.parent} did not give back what was written: a faulty disk?')
         if mode is None: os.umask(mask := os.umask(0)); mode = 0o666 & ~mask
         os.chmod(tmp, mode)
         size = tmp.stat().st_size

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import replace
 import cloudpickle, torch
 from .artifact import pickle_globals, where_from, write_artifact
-from .errors import CompileError, HostMismatch, NotTrainable
+from .errors import CompileError, HostMismatch, NotTrainable, VerificationError
 from .example import ExampleError, example_batch
 from .model import CompiledModel
 from .package import learner_bytes
@@ -74,7 +74,7 @@ def finish_model(
     else: model.restore = {'splitter': learn.splitter, 'opt_func': learn.opt_func}
     if model.reference is not None:
         model.reference['limit'] = limit
-        if reference_error(model): model.reference = None
+        if not model.deferred and reference_error(model): model.reference = None
     model.config = replace(config, items=None, max_bs=model.max_bs)
     if not config.keep_eager: _drop_eager(model)
 
@@ -116,6 +116,10 @@ class LearnerBox:
         if not problems:
             problems = [why] if (why := reference_error(learn.model)) else []
             if not problems: return learn
+            if on_mismatch == 'raise' and learn.model.deferred:
+                raise VerificationError(f'this file was made where its target is not ({learn.model.deferred}), so its answers '
+                    f"are checked here, and they are wrong: {problems[0]}. `open_learner(path, on_mismatch='eager')` runs the "
+                    'PyTorch model')
             if on_mismatch == 'raise':
                 raise HostMismatch(f"this host gives another answer than the one that made the file: {problems[0]}. "
                                    "Open it with `open_learner(path, on_mismatch='eager')`, and report it")

@@ -93,6 +93,14 @@ class Captured:
     guards:list           # Functions from inputs to '' or the reason why they cannot be answered exactly
     seconds:float
 
+    def fixed(self, n):
+        "The program with a batch of exactly `n`, for a target with static shapes. Raises `CaptureError` where more than the batch varies"
+        if free := [s.name for s in self.inputs if s.ranges or None in s.shape[1:]]:
+            raise CaptureError(f'other sizes than the batch vary in {", ".join(free)}, and this target takes fixed ones: '
+                               'choose a backend with dynamic shapes')
+        xs = tuple(x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n].contiguous() for x in self.example.xb)
+        with torch.no_grad(), quiet(): return torch.export.export(self.module, xs, strict=False)
+
     def __repr__(self):
         n = sum(node.op == 'call_function' for node in self.program.graph.nodes)
         return (f'{n} operators in one graph, batch 1 to {self.max_bs}, {self.seconds:.1f} s; '

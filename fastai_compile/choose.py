@@ -62,13 +62,15 @@ def choose_candidates(
         res = [get_backend(n) for n in config.backends]
         for b in res:
             p = b.probe(config.device)
-            if not p.usable: raise BackendUnavailable(f'{b.name} cannot be used here: {p.reason}. {p.mend}'.strip())
+            if p.usable or (p.level and len(res) == 1): continue # One alone can be prepared for another machine
+            raise BackendUnavailable(f'{b.name} cannot be used here: {p.reason}. {p.mend}'.strip())
         return res
     res = []
     for b in sorted(backends().values(), key=lambda b: b.cost):
         if b.name == 'eager': continue
         p = b.probe(config.device)
-        if p.usable: res.append(b)
+        if p.usable and (why := getattr(b, 'by_name', '')): table.append(candidate_row(b.name, f'only by name: {why}'))
+        elif p.usable: res.append(b)
         else: table.append(candidate_row(b.name, f'not usable here: {p.reason}' + (f' ({p.mend})' if p.mend else '')))
     if not res: raise BackendUnavailable(f'no compiling backend can be used here:\n{available_backends(config.device)}')
     return res

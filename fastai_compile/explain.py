@@ -109,7 +109,11 @@ def backend_rows(
         b = backends()[name]
         p = b.probe(config.device)
         if not p.usable:
-            rows.append(_row('backend', name, f'cannot be used here: {p.reason}', p.mend))
+            far = f" It can be prepared here: `compile={name!r}, level={p.level!r}`" if p.level else ''
+            rows.append(_row('backend', name, f'cannot run here: {p.reason}', f'{p.mend}{far}'))
+            if not p.level or config.backends is True: continue
+        elif config.backends is True and (why := getattr(b, 'by_name', '')):
+            rows.append(_row('backend', name, f'only by name: {why}', f'`compile={name!r}`'))
             continue
         c = captured.get(b.rewrites)
         if not isinstance(c, Captured): continue
@@ -140,7 +144,9 @@ def explain_learner(
         example = example_batch(learn, config.items)
         max_bs = config.max_bs or max(64, getattr(dl, 'bs', None) or 64)
         captured: dict = {}
-        for rw in dict.fromkeys(backends()[n].rewrites for n in names):
+        asked = [backends()[n] for n in names]
+        if every: asked = [b for b in asked if b.probe(config.device).usable and not getattr(b, 'by_name', '')]
+        for rw in dict.fromkeys(b.rewrites for b in asked):
             try: captured[rw] = capture(model, example, max_bs, rw, config.dynamic_size)
             except CompileError as e: captured[rw] = e
         try: broken = find_breaks(model, *example.xb, recompiles=False)

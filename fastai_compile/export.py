@@ -9,6 +9,7 @@ __all__ = ['Outcome', 'compile_learner', 'export_learner']
 import os, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 import cloudpickle, torch
 from .artifact import check_target
 from .backends.base import Table, backends, cpu_threads, get_backend
@@ -17,10 +18,11 @@ from .capture import capture
 from .choose import (Stages, attempt, candidate_row, choose_candidates, first_that_passes, rank,
                                    time_candidates, unwrap)
 from .config import CompileConfig
-from .errors import BackendUnavailable, VerificationError
+from .errors import BackendUnavailable, ConfigError, VerificationError
 from .example import Example, ExampleError, check_repeatable, example_batch, preserved, _has_rows
 from .freeze import freeze_of
 from .model import CompiledModel
+from .prepare import is_prepared, prepare, prepared_report, write_open_format
 from .report import Report
 from .summary import candidate_table, facts_of, headline, notes_on, weights_note
 from .timing import busy
@@ -99,6 +101,11 @@ def _pipeline(learn, eager_model, config, backs, table, stages, frozen):
     bs, remainder = _batch_facts(learn)
     max_bs = config.max_bs or max(64, bs)
     with stages('example'): example = _example(learn, config, min(bs, max_bs))
+    if is_prepared(backs, config):
+        winner = prepare(learn, eager_model, config, backs[0], example, max_bs, stages)
+        finish_model(learn, winner.model, winner.model.reference['limit'], config)
+        winner.model.facts = facts_of(learn, config, winner, None, {}, frozen)
+        return Outcome(winner.model, winner.model.facts, prepared_report(winner, stages, example, frozen))
     done, refs, reference = _try_all(learn, eager_model, config, backs, example, remainder, max_bs, table, stages)
     good = [(c, k) for c, k in done if not c.failed]
     if not good:
@@ -181,14 +188,27 @@ def export_learner(
     pickle_protocol=2, # As in stock `export`
 )->Report:
     "Compile, verify and write. When anything fails, the old file and the learner are as they were"
-    path = check_target(path)
+    suffix = _suffix(config)
+    path = check_target(path, replaces_folder=bool(suffix))
+    if (suffix or path.suffix) != path.suffix:
+        raise ConfigError(f"{config.backends[0]} writes a plain {suffix} file: name it so, as in `learn.export('{path.stem}{suffix}', "
+                          f"compile={config.backends[0]!r})`")
     out = compile_learner(learn, config)
     start = time.perf_counter()
-    with _with_dls(learn, out.dls): size = write_learner(learn, out.model, out.facts, path, pickle_module, pickle_protocol)
+    if suffix: size = write_open_format(path, out.model.payload, get_backend(out.report.backend).open_format)
+    else: size = _write(learn, out, path, pickle_module, pickle_protocol)
     out.report.stages['pack'] = time.perf_counter()-start
     out.report.path, out.report.size_mb = str(path), size/1e6
     out.report.pinned = _pinned(path, out.report.backend, config, out.model)
     return out.report
+
+def _suffix(config):
+    "How the name of a plain file ends, where the target is an open format"
+    if config.backends is True or len(config.backends) > 1: return ''
+    return Path(getattr(get_backend(config.backends[0]), 'open_format', '')).suffix
+
+def _write(learn, out, path, pickle_module, pickle_protocol):
+    with _with_dls(learn, out.dls): return write_learner(learn, out.model, out.facts, path, pickle_module, pickle_protocol)
 
 def _pinned(path, backend, config, model):
     "The call that makes this choice again"

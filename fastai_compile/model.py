@@ -102,8 +102,10 @@ class CompiledModel(nn.Module):
     ):
         super().__init__()
         self.payload, self.input_specs, self.output_specs, self.structure = payload, inputs, outputs, structure
-        self.max_bs, self.threads, self.guards, self.reference = max_bs, threads, tuple(guards), reference
+        self.max_bs = min(max_bs, *payload.buckets[-1:]) if payload.buckets else max_bs
+        self.threads, self.guards, self.reference = threads, tuple(guards), reference
         self.allow_fallback = tuple(allow_fallback)
+        self.deferred = ''  # Why its answers were not checked where it was made
         self.restore = {}   # What `to_eager` puts back on the learner
         vars(self)['_eager'] = eager
         self._anchor = nn.Parameter(torch.empty(0), requires_grad=False) if eager is None else None
@@ -115,7 +117,8 @@ class CompiledModel(nn.Module):
         # A complex tensor may wait for its conjugation: it never fits as it is
         fits = [(None if spec.dtype.is_complex else spec.dtype, spec.shape[1:]) for spec in self.input_specs]
         outs = [(len(spec.shape), spec.dtype, spec.batched) for spec in self.output_specs]
-        vars(self).update(_run=None, _pid=None, _watch=None, _fits=fits, _outs=outs, _all_fit=_all_fit(self.input_specs))
+        vars(self).update(_run=None, _pid=None, _watch=None, _fits=fits, _outs=outs, _all_fit=_all_fit(self.input_specs),
+                          _buckets=self.payload.buckets)
 
     # ---- running
     def runner(self):
@@ -150,7 +153,19 @@ class CompiledModel(nn.Module):
         parts = [self._call(cut(i), min(self.max_bs, n-i)) for i in range(0, n, self.max_bs)]
         return [torch.cat(p) for p in zip(*parts)]
 
-    def _call(self, xs, n):
+    def _padded(self, xs, n):
+        "Through a function with static shapes: rows are repeated up to the next batch size that it takes, and cut off again"
+        size = next(b for b in self._buckets if b >= n)
+        if size == n: return self._once(xs, n)
+        if loose := [o.name for o in self.output_specs if not o.batched]:
+            raise InputError(f'a batch of {n} would be padded to {size}, and output {", ".join(loose)} belongs to the batch as a '
+                             f'whole: {self.payload.backend} takes the batches {", ".join(map(str, self._buckets))}')
+        ts = self._once([torch.cat([x, x[-1:].expand(size-n, *x.shape[1:])]) for x in xs], size)
+        return [t[:n] for t in ts]
+
+    def _call(self, xs, n): return self._padded(xs, n) if self._buckets else self._once(xs, n)
+
+    def _once(self, xs, n):
         ts = self.runner()(xs)
         if len(ts) != len(self._outs):
             raise InputError(f'{self.payload.backend} returned {len(ts)} outputs, not {len(self._outs)}')

@@ -30,13 +30,14 @@ class Report:
     notes:list = field(default_factory=list)
     pinned:str = ''     # The call that repeats the choice
     max_diff:float = 0. # Largest difference to eager on the rows of the numbers gate
+    after:str = 'learn = load_learner({path!r})' # The next call to make
 
     def to_json(self)->str:
         "The report as JSON"
         return json.dumps({k: v for k, v in vars(self).items()}, indent=1, default=str)
 
     @property
-    def next_call(self): return f"learn = load_learner({self.path!r})"
+    def next_call(self): return self.after.format(path=self.path)
 
     def _lines(self):
         yield 'stages', ', '.join(f'{k} {v:.1f} s' for k, v in self.stages.items())

@@ -131,16 +131,18 @@ def facts_of(
 )->dict:
     "The manifest, without what only the bytes can tell"
     h, model = host(), winner.model
+    placement = model.payload.placement if model.deferred else model.placement
     gate = {'numbers': list(winner.numbers.checks), 'answers': list(verdict.checks) if verdict else None,
             'notes': verdict.notes if verdict else []}
     return {
         'made_by': f'fastai_compile {__version__}', 'created': datetime.now(UTC).isoformat(timespec='seconds'),
-        'learner': type(learn).__name__, 'backend': winner.name, 'level': model.placement.level,
-        'target': model.placement.target, 'placement': str(model.placement), 'frozen': list(frozen),
+        'learner': type(learn).__name__, 'backend': winner.name, 'level': placement.level,
+        'target': placement.target, 'placement': str(placement), 'frozen': list(frozen),
         'python': h['python'], 'os': f"{h['system']} {h['machine']}",
         'needs': model.payload.needs, 'runs_on': runs_on(model.payload.needs),
         'versions': {p: _version(p) for p in ('torch', 'fastai', 'fastcore', 'onnxruntime', 'numpy')},
         'inputs': [_spec_facts(s) for s in model.input_specs], 'outputs': [_spec_facts(s) for s in model.output_specs],
-        'batch': [1, model.max_bs], 'vocab': _vocab(learn.dls), 'keep_eager': config.keep_eager, 'gate': gate,
+        'batch': [1, model.max_bs], 'vocab': _vocab(learn.dls), 'keep_eager': config.keep_eager,
+        'gate': f'deferred: {model.deferred}' if model.deferred else gate,
         'timings_ms': {str(b): {n: float(f'{t.median_ms:.4g}') for n, t in ts.items()} for b, ts in timings.items()},
         'reference': _reference_facts(model.reference)}
