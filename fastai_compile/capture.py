@@ -94,7 +94,7 @@ class Captured:
     seconds:float
 
     def fixed(self, n):
-        "The program with a batch of exactly `n`, for a target with static shapes. Raises `CaptureError` where more than the batch varies"
+        "The program with a batch of exactly `n`, for static targets. Raises `CaptureError` where more than the batch varies"
         if free := [s.name for s in self.inputs if s.ranges or None in s.shape[1:]]:
             raise CaptureError(f'other sizes than the batch vary in {", ".join(free)}, and this target takes fixed ones: '
                                'choose a backend with dynamic shapes')

@@ -191,8 +191,9 @@ def export_learner(
     suffix = _suffix(config)
     path = check_target(path, replaces_folder=bool(suffix))
     if (suffix or path.suffix) != path.suffix:
-        raise ConfigError(f"{config.backends[0]} writes a plain {suffix} file: name it so, as in `learn.export('{path.stem}{suffix}', "
-                          f"compile={config.backends[0]!r})`")
+        name = config.backends[0]
+        raise ConfigError(f'{name} writes a plain {suffix} file: name it so, as in '
+                          f"`learn.export('{path.stem}{suffix}', compile={name!r})`")
     out = compile_learner(learn, config)
     start = time.perf_counter()
     if suffix: size = write_open_format(path, out.model.payload, get_backend(out.report.backend).open_format)

@@ -71,13 +71,13 @@ def prepare(
     if not _at_least(probe.reaches, config.level): raise _refusal(backend, probe, captured, config)
     with stages('reference'): reference = make_reference_row(learn, captured)
     if reference is None:
-        raise BackendError(f'no synthetic reference row could be made for this model, and without one nothing would check the answers '
-                           f'of {backend.name} where the file is opened: pass `items=[...]` of a learner that knows its blocks')
+        raise BackendError('no synthetic reference row could be made for this model, and without one nothing would check the '
+                           f'answers of {backend.name} where the file is opened')
     with stages('compile', backend.name), _adapter(backend.name): payload = backend.compile(captured, config)
     if not _at_least(payload.placement.level, config.level):
         raise BackendUnavailable(f'{backend.name} was taken to {payload.placement}, asked for was level={config.level!r}')
-    res = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager, config.threads,
-                        captured.guards, reference, config.allow_fallback)
+    res = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager,
+                        config.threads, captured.guards, reference, config.allow_fallback)
     res.deferred = probe.reason if not getattr(backend, 'open_format', '') else f'handed over as {backend.open_format}'
     scale = max([o.abs().max().item() for o in reference['out'] if o.is_floating_point() and o.numel()], default=0.)
     reference['limit'] = _limit(captured, reference, config.tolerance or getattr(backend, 'tolerance', 0)*scale)
@@ -93,13 +93,17 @@ def prepared_report(
     model, p = winner.model, winner.model.payload.placement
     rows = Table([candidate_row(winner.name, p.level, '', '', f'{winner.seconds:.1f}', f'{model.payload.size_mb:.1f}')])
     limit = f"{model.reference['limit']:.2g}"
-    gate = Table([{'check': 'deferred', 'what': 'reference row', 'against': 'eager fp32', 'result': 'not run here', 'allowed': limit}])
-    notes = [f'choices of the backend: {", ".join(f"{k}={v}" for k, v in model.payload.choices.items() if v not in ({}, None))}']
+    gate = Table([{'check': 'deferred', 'what': 'reference row', 'against': 'eager fp32', 'result': 'not run here',
+                   'allowed': limit}])
+    choices = ', '.join(f'{k}={v}' for k, v in model.payload.choices.items() if v not in ({}, None))
     plain = model.deferred.startswith('handed over')
+    after = 'give {path!r} to the tools it is for' if plain else Report.after
     if plain: gate, says = Table(), f'{winner.name}: a plain file for other tools; fastai_compile does not open it again'
-    else: says = f'{winner.name}: {p.level} here, not run ({model.deferred}); the gate is deferred to the first open on the target'
+    else:
+        says = f'{winner.name}: {p.level} here, not run ({model.deferred}); the gate is deferred to the first open on the target'
     return Report(says, '', winner.name, rows, gate, dict(stages.seconds), 0., weights_note(model, True), str(p),
-                  runs_on(model.payload.needs), repr(example), frozen, notes if model.payload.choices else [], **({'after': 'give {path!r} to the tools it is for'} if plain else {}))
+                  runs_on(model.payload.needs), repr(example), frozen,
+                  [f'choices of the backend: {choices}'] if choices else [], after=after)
 
 # %% ../nbs/13_prepare.ipynb #ed919386
 def write_open_format(
