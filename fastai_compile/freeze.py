@@ -29,7 +29,7 @@ def _refuse(f, policy, why='', call='FreezeTransforms({!r})'):
     "The error that names a transform and what would settle it"
     at = f' ({f.file})' if f.file else ''
     ways = [f.mend.partition(', or freeze=')[0]]
-    if f.step.where not in ('model', 'callback'):
+    if f.step.where not in ('model', 'callback', 'order of rows') or isinstance(f.step.tfm, DataLoader):
         ways += [f'{call.format(p)}: {says}' for p, says in _SAYS.items() if p != policy]
     ways = '\n'.join(f'- {w}' for w in ways)
     what = why or f'freeze={policy!r} does not settle it'

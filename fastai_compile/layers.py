@@ -9,6 +9,7 @@ __all__ = ['Break', 'Breaks', 'is_users', 'call_model', 'Walk', 'break_rows', 'r
 import importlib.util, linecache, os, sys, sysconfig
 from collections import Counter
 from dataclasses import dataclass, replace
+from torch.nn import RNNBase
 from .backends.base import Table
 from .dynamo import Event, parse_break
 from .reasons import explain_break, explain_recompile
@@ -141,9 +142,15 @@ class Walk:
             if found: return found
         return []
 
+    def _inside_of(self, layers, cls):
+        "Layers of a class among `layers` and their children"
+        near = [n for n in self.paths.values() if n in layers or n.rpartition('.')[0] in layers]
+        return {n: 1 for n in near if isinstance(self.model.get_submodule(n), cls)}
+
     def row(self, event, reason, todo, count=None):
         "A `Break` of an event"
         (file, line), layers = self.locate(event)
+        if 'LSTM' in reason: layers = self._inside_of(layers, RNNBase) or layers # A container runs several layers in one line
         layer = next(iter(layers), '')
         cls = type(self.model.get_submodule(layer)).__name__ if layers else ''
         source = linecache.getline(file, line).strip().split('  #')[0]

@@ -107,6 +107,13 @@ class Entropy:
 # Seeds for sources that cannot be forced, and for steps that drew from none: as many as fit into this time
 _MORE_S, _FEW_S, _MORE = 0.06, 0.004, 150
 
+def _times(n, seconds=1., at_least=3):
+    "Up to `n` turns, fewer where they are slow"
+    start = time.perf_counter()
+    for i in range(n):
+        if i >= at_least and time.perf_counter()-start > seconds: return
+        yield i
+
 class _Probe:
     "All trials of one step"
     def __init__(self, step, xs):
@@ -153,7 +160,7 @@ class _Probe:
             if not seen and not all(s.forcible == 'yes' for s in self.drew): self._more(look)
         elif counts and not seen:
             self.base.restore()
-            for _ in range(40): look('again', self.trial(fresh=False))
+            for _ in _times(40): look('again', self.trial(fresh=False))
         elif not seen: self._more(look, _FEW_S)
         return seen
 
@@ -178,7 +185,7 @@ class _Probe:
             return 'entropy of its own' + (f' ({self.entropy.used[0]})' if self.entropy.used else ' or the clock')
         self.trial()
         mid = self.world.save()
-        for _ in range(40):
+        for _ in _times(40):
             if self.differs(self.trial(fresh=False)) is not None:
                 names = mid.changed() or self.base.changed()
                 return 'state kept between calls' + (f' ({", ".join(names[:3])})' if names else '')
@@ -186,7 +193,7 @@ class _Probe:
 
     def _alone(self, s, seen):
         kinds = dict.fromkeys([k for k, _ in seen if k != 'again'] + ['seed'])
-        return any(self.differs(self.trial(k, 3+i, only=s)) is not None for k in kinds for i in range(11))
+        return any(self.differs(self.trial(k, 3+i, only=s)) is not None for k in kinds for i in _times(11))
 
 # %% ../nbs/03_probe.ipynb #d7e1729a
 _FIRST = ('encodes', 'before_call', '__call__', 'forward', '__getitem__', '__iter__')
@@ -240,7 +247,9 @@ def _mend(step, source):
     if stage == 'model':
         return ('draw only `if self.training`, so that `model.eval()` turns it off; for dropout that is nn.Dropout, or '
                 'F.dropout(x, p, training=self.training)')
-    if stage == 'order of rows': return '`learn.dls.valid = learn.dls.valid.new(shuffle=False)`'
+    if stage == 'order of rows':
+        if not hasattr(tfm, 'new'): return f'make the validation loader with `{type(tfm).__name__}(..., shuffle=False)`'
+        return '`learn.dls.valid = learn.dls.valid.new(shuffle=False)`'
     if stage == 'callback': return 'draw only `if self.training`, or set `run_valid = False` on the callback'
     own = type(tfm).__module__.startswith('fastai.')
     if own and isinstance(tfm, Transform) and step.split == 0:

@@ -429,3 +429,18 @@ def test_callback_survives_pickling_and_a_reset_of_dynamo():
     learn = compiled(Model(Print()), "method")
     with learn.no_bar(): quietly(learn.fit, 1, cbs=[watch, Reset()])
     assert watch.rows.breaks[0].layer == PATH
+
+
+def test_a_recurrent_layer_inside_of_a_container_is_named():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 5, batch_first=True))
+        def forward(self, x): return self.body(x)[0]
+    found = find_breaks(Recurrent(), torch.randn(2, 3, 3), recompiles=False)
+    assert [(r.layer, r.cls) for r in found.breaks] == [("body.1", "LSTM")]
+
+
+def test_inputs_that_are_no_tensors_are_refused_by_type():
+    with pytest.raises(CaptureError, match="the inputs are dict: pass tensors"):
+        find_breaks(nn.Linear(3, 4), {"x": torch.ones(2, 3)})

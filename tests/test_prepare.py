@@ -18,7 +18,8 @@ class Device:
     name, rewrites, shapes, cost = "device", (), "static", 990
     reason = "no device on the bus"
 
-    def __init__(self, level="lowered", reached="lowered"): self.level, self.reached, self.here, self.off = level, reached, False, 0.
+    def __init__(self, level="lowered", reached="lowered"):
+        self.level, self.reached, self.here, self.off = level, reached, False, 0.
     def probe(self, device): return Probe(True, "a device") if self.here else Probe(False, self.reason, "plug one in", self.level)
     def coverage(self, captured, config):
         return Placement("device", "lowered", {"device": 1}, {"aten.fancy": "no kernel"})

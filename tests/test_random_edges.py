@@ -13,16 +13,16 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.block import CategoryBlock, DataBlock
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IndexSplitter, get_image_files, parent_label
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.all import ImageBlock, ItemTransform, RandomResizedCropGPU, Resize, Transform, aug_transforms
 from torch import nn
 
-from fastai_compile import (ExampleError, FreezeTransforms, GraphBreakCallback, RandomTransformError, find_breaks, find_random,
-                            frozen)
+from fastai_compile import (CompileError, ExampleError, FreezeTransforms, GraphBreakCallback, RandomTransformError, find_breaks,
+                            find_random, frozen)
 from fastai_compile.dynamo import Listener
 from fastai_compile.reach import content, difference
 import random_mistakes as cases
@@ -275,3 +275,43 @@ def test_explain_is_not_ok_where_export_would_raise(folder):
     learn = cases.images(folder, batch=[cases.torch_noise])
     assert not learn.explain("onnxruntime").ok and learn.explain("onnxruntime", freeze="skip").ok
     assert find_breaks(learn, recompiles=False) == []
+
+
+# ---- loaders and layers that are not fastai's
+
+def test_a_torch_loader_that_shuffles_gets_a_way_out_that_it_has(tmp_path):
+    rows = [(torch.randn(3), torch.tensor(0)) for _ in range(16)]
+    dl = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True)
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(3, 2), loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    with pytest.raises(RandomTransformError, match="order of rows") as e: learn.export("m.pkl", compile="onnxruntime")
+    assert "DataLoader(..., shuffle=False)" in str(e.value) and ".new(" not in str(e.value) and "freeze=" not in str(e.value)
+    plain = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=False)
+    learn.dls = DataLoaders(dl, plain)
+    learn.export("m.pkl", compile="onnxruntime")
+
+
+def test_a_slow_step_with_a_counter_is_found_in_a_few_calls():
+    calls = []
+    class Slow(Transform):
+        n = 0
+        def encodes(self, x: torch.Tensor):
+            calls.append(1)
+            time.sleep(.2)
+            self.n += 1
+            return x + self.n % 3
+    rows = Datasets(list(range(16)), [[lambda i: torch.ones(3) * i, Slow()]])
+    learn = Learner(rows.dataloaders(bs=4), nn.Linear(3, 2), loss_func=nn.CrossEntropyLoss())
+    found = find_random(learn)
+    assert [f.name for f in found.found] == ["Slow"] and "state" in found.found[0].source
+    assert len(calls) < 40, "it goes on until a time limit, not for 40 calls of each trial"
+
+
+def test_a_parametrized_layer_is_named(tmp_path):
+    rows = [(torch.randn(3), torch.tensor(0)) for _ in range(16)]
+    dl = DataLoader(rows, bs=4)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)), nn.ReLU())
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    with pytest.raises(CompileError, match="layer 0 of its model is parametrized"): learn.export("m.pkl", compile="onnxruntime")
+    assert not (tmp_path / "m.pkl").exists()
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    learn.export("m.pkl", compile="onnxruntime")
