@@ -65,26 +65,34 @@ def choose_candidates(
             if p.usable or (p.level and len(res) == 1): continue # One alone can be prepared for another machine
             raise BackendUnavailable(f'{b.name} cannot be used here: {p.reason}. {p.mend}'.strip())
         return res
-    res = []
+    res, missing = [], []
     for b in sorted(backends().values(), key=lambda b: b.cost):
         if b.name == 'eager': continue
         p = b.probe(config.device)
         if p.usable and (why := getattr(b, 'by_name', '')): table.append(candidate_row(b.name, f'only by name: {why}'))
         elif p.usable: res.append(b)
-        else: table.append(candidate_row(b.name, f'not usable here: {p.reason}' + (f' ({p.mend})' if p.mend else '')))
+        else: missing.append(b.name)
+    if missing:
+        told = f'not usable here: {", ".join(missing)}; `available_backends()` says why and what would mend it'
+        table.append(candidate_row('others', told))
     if not res: raise BackendUnavailable(f'no compiling backend can be used here:\n{available_backends(config.device)}')
     return res
 
 def candidate_row(
     name,       # Backend
     result,     # What became of it
-    ms='',      # Milliseconds a call, by batch size
+    ms='',      # Milliseconds a call (the median), by batch size
+    p99='',     # 99th percentile of the same, where there were enough calls
     faster='',  # Eager's time over its own
-    compile_s='', # Seconds to compile and load
+    diff='',    # Largest difference to eager
+    compile_s='', # Seconds to compile
+    load_s='',  # Seconds to load
     mb='',      # Size of its code
+    placement='', # How far it was taken, and where the operators run
 )->dict:
     "One row of the table of candidates"
-    return {'backend': name, 'result': result, 'ms': ms, 'times eager': faster, 'compile s': compile_s, 'MB': mb}
+    return {'backend': name, 'result': result, 'p50 ms': ms, 'p99 ms': p99, 'times eager': faster, 'largest difference': diff,
+            'compile s': compile_s, 'load s': load_s, 'MB': mb, 'placement': placement}
 
 # %% ../nbs/11_choose.ipynb #d2553787
 @dataclass
@@ -93,7 +101,8 @@ class Candidate:
     name:str
     model:CompiledModel|None = None
     numbers:Verdict|None = None   # Of the numbers gate
-    seconds:float = 0.            # To compile and load
+    seconds:float = 0.            # To compile
+    load_s:float = 0.             # To load
     failed:str = ''               # Why it is out
     error:Exception|None = None   # The same, to raise
 
@@ -136,11 +145,12 @@ def attempt(
     c, start = Candidate(backend.name), time.perf_counter()
     try:
         with stages('compile', backend.name), _adapter(backend.name): payload = backend.compile(captured, config)
+        c.seconds, start = time.perf_counter()-start, time.perf_counter()
         with stages('load', backend.name), _adapter(backend.name):
             c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs,
                                     captured.eager, config.threads, captured.guards, reference, config.allow_fallback)
             c.model.runner()
-        c.seconds = time.perf_counter()-start
+        c.load_s = time.perf_counter()-start
         with stages('gate', backend.name), _adapter(backend.name):
             c.numbers, *others = [check_numbers(c.model, captured, r, config.tolerance) for r in refs]
             for v in others: c.numbers.checks.extend(v.checks)
@@ -175,7 +185,7 @@ def sum_timings(
     "One `Timing` over all batch sizes"
     ts = [t[name] for t in timings.values()]
     n = min(len(t.rounds_ms) for t in ts)
-    return replace(ts[0], rounds_ms=tuple(sum(t.rounds_ms[i] for t in ts) for i in range(n)))
+    return replace(ts[0], rounds_ms=tuple(sum(t.rounds_ms[i] for t in ts) for i in range(n)), p99_ms=None)
 
 def rank(
     timings, # {batch size: {name: `Timing`}}

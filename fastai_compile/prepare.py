@@ -19,7 +19,7 @@ from .errors import BackendError, BackendUnavailable, CompileError, WriteError
 from .model import CompiledModel
 from .report import Report
 from .rewrites import copy_model
-from .summary import runs_on, weights_note
+from .summary import runs_on, weights_note, _where
 from .verify import EAGER_FACTOR, FLOOR, Verdict
 
 # %% ../nbs/13_prepare.ipynb #6c467792
@@ -91,7 +91,8 @@ def prepared_report(
 )->Report:
     "What was done, and what was not"
     model, p = winner.model, winner.model.payload.placement
-    rows = Table([candidate_row(winner.name, p.level, '', '', f'{winner.seconds:.1f}', f'{model.payload.size_mb:.1f}')])
+    rows = Table([candidate_row(winner.name, p.level, compile_s=f'{winner.seconds:.1f}', mb=f'{model.payload.size_mb:.1f}',
+                               placement=_where(p))])
     limit = f"{model.reference['limit']:.2g}"
     gate = Table([{'check': 'deferred', 'what': 'reference row', 'against': 'eager fp32', 'result': 'not run here',
                    'allowed': limit}])

@@ -57,6 +57,11 @@ def runs_on(
     return res + ''.join(f', {p} {v} or newer' for p, v in needs.get('packages', {}).items())
 
 # %% ../nbs/13_summary.ipynb #b864fe1c
+def _where(placement):
+    "Level and operators, in a few words"
+    ops = ', '.join(f'{n} in {k}' for k, n in placement.operators.items() if n)
+    return f'{placement.level}{": " if ops else ""}{ops}' + (f'; {len(placement.elsewhere)} elsewhere' if placement.elsewhere else '')
+
 def candidate_table(
     done,    # Every `Candidate` that was tried
     winner,  # The one that was chosen
@@ -65,15 +70,19 @@ def candidate_table(
 )->Table:
     "One row for each backend, eager first"
     res, first = Table(), next(iter(timings.values()))
-    eager = ', '.join(f"{t['eager'].median_ms:.3g} (bs {b})" for b, t in timings.items())
-    res.append(candidate_row('eager', 'chosen' if winner.name == 'eager' else 'yardstick', eager))
+    def by_bs(name, what):
+        ms = {b: getattr(t[name], what) for b, t in timings.items() if name in t}
+        return ', '.join(f'{v:.3g} (bs {b})' for b, v in ms.items() if v is not None)
+    mine = winner.name == 'eager'
+    res.append(candidate_row('eager', 'chosen' if mine else 'yardstick', by_bs('eager', 'median_ms'), by_bs('eager', 'p99_ms')))
     for c in [c for c in done if c.name != 'eager']:
-        ms = ', '.join(f'{t[c.name].median_ms:.3g} (bs {b})' for b, t in timings.items() if c.name in t)
         faster = str(ratio(sum_timings(timings, 'eager'), sum_timings(timings, c.name))) if c.name in first else ''
         result = c.failed or ('chosen' if c is winner else 'passed')
-        compile_s = f'{c.seconds:.1f}' if c.seconds else ''
-        mb = f'{c.model.payload.size_mb:.1f}' if c.model else ''
-        res.append(candidate_row(c.name, result, ms, faster, compile_s, mb))
+        compile_s, load_s = [f'{s:.2g}' if s else '' for s in (c.seconds, c.load_s)]
+        diff = f'{c.numbers.max_diff:.2g}' if c.numbers else ''
+        mb, where = (f'{c.model.payload.size_mb:.1f}', _where(c.model.placement)) if c.load_s else ('', '')
+        res.append(candidate_row(c.name, result, by_bs(c.name, 'median_ms'), by_bs(c.name, 'p99_ms'), faster, diff, compile_s,
+                                 load_s, mb, where))
     return Table([*res, *skipped])
 
 _TRAINING_ONLY = ('MixedPrecision', 'NonNativeMixedPrecision', 'ChannelsLast')

@@ -99,8 +99,10 @@ def test_positional_use_stays(learn, tmp_path):
 def test_true_lists_what_it_skips(learn, tmp_path):
     with only("eager", "onnxruntime"), registered(Missing()) as b:
         report = learn.export(tmp_path / "x.pkl", compile=True)
-    assert "not usable here: the vendor's runtime is not here" in result_of(report, "missing") and not b.compiled
-    assert "pip install vendor-runtime" in result_of(report, "missing") and "vendor-runtime" in repr(report)
+        row = next(r for r in available_backends() if r["backend"] == "missing")
+    assert "not usable here: missing" in result_of(report, "others") and not b.compiled
+    assert "`available_backends()` says why" in repr(report)
+    assert (row["reason"], row["to mend it"]) == ("the vendor's runtime is not here", "pip install vendor-runtime")
 
 
 @needs_onnx
