@@ -1,0 +1,134 @@
+"""How far models get on Cerebras without a cluster: lowered by the vendor's own software, and their numbers calculated.
+
+Weights are random; batch normalizations get the statistics of a few images. Where the worker is missing:
+`python -m fastai_compile.worker install cerebras`.
+"""
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from fastai.vision.all import densenet121, resnet18, resnet50, xresnet18
+from fastai_compile import CompileError
+from fastai_compile.backends.cerebras import CerebrasBackend
+from fastai_compile.backends.cerebras_rewrites import count_macs
+from fastai_compile.backends.cirh import parse_cirh
+from fastai_compile.capture import capture
+from fastai_compile.config import make_config
+from fastai_compile.example import example_batch
+from fastai_compile.worker_env import worker_info
+from benchmarks.common import RESULTS, child_env, facts, table, where, write
+from benchmarks.families_data import FAMILIES, classifier
+
+OUT = RESULTS / "cerebras.json"
+# name: (architecture, pixels). None: a learner of `families_data`
+MODELS = {
+    "convnext_base at 224": ("convnext_base", 224), "resnet18": (resnet18, 64), "resnet50": (resnet50, 64),
+    "densenet121": (densenet121, 64), "vit_tiny": ("vit_tiny_patch16_224", 224), "efficientnet_b0": ("efficientnet_b0", 64),
+    "mobilenetv3_large": ("mobilenetv3_large_100", 64), "xresnet18": (xresnet18, 65), "regnety_004": ("regnety_004", 64),
+    "resnext50": ("resnext50_32x4d", 64), "convnextv2_nano": ("convnextv2_nano", 64), "swin_tiny": ("swin_tiny_patch4_window7_224", 224),
+    "mobilenetv2": ("mobilenetv2_100", 64), "resnet18 at 224": (resnet18, 224),
+    "unet_learner": (None, "unet"), "tabular_learner": (None, "tabular"), "collab_learner": (None, "collab"),
+}
+
+
+def learner(name, folder):
+    arch, size = MODELS[name]
+    return FAMILIES[size](folder) if arch is None else classifier(arch, folder, size)
+
+
+@torch.no_grad()
+def settle(model, xb):
+    "Statistics of `xb` in every batch normalization; random scales, so that none of them is one"
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momentum = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = None
+        m.reset_running_stats()
+        if m.affine:
+            m.weight.uniform_(0.7, 1.3)
+            m.bias.normal_(0, 0.1)
+    model.train()
+    model(*xb)
+    for m, v in zip(norms, momentum): m.momentum = v
+    model.eval()
+
+
+def lower(name):
+    "One model, from its learner to numbers"
+    torch.manual_seed(0)
+    backend, config = CerebrasBackend(), make_config("cerebras")
+    with tempfile.TemporaryDirectory() as folder:
+        learn = learner(name, Path(folder))
+        example = example_batch(learn, bs=8)
+    settle(learn.model, example.xb)
+    small = type(example)(tuple(x[:2].contiguous() for x in example.xb), example.yb, example.types, example.source, example.rows[:2], example.synthetic)
+    return lowered(backend, config, learn.model, small)
+
+
+def lowered(backend, config, model, example):
+    start = time.perf_counter()
+    captured = capture(model, example, rewrites=backend.rewrites)
+    row = {"parameters": sum(p.numel() for p in model.parameters()), "rewrites": captured.rewrites,
+           "macs_factor": count_macs(captured.module, example.xb) / max(1, count_macs(captured.eager, example.xb))}
+    try: payload = backend.compile(captured, config)
+    except CompileError as e: return row | {"level": "", "refused": str(e), "seconds": time.perf_counter() - start}
+    c, text = payload.choices, payload.files["batch1/cirh.mlir"].numpy().tobytes().decode()
+    census = parse_cirh(text).census()
+    return row | {"level": payload.placement.level, "refused": "", "weights": len(payload.tensors), "operators": sum(census.values()),
+                  "census": census, "functions_changed": c["functions changed"], "off_fp32": c["off in fp32"], "off_fp16": c["off in fp16"],
+                  "largest_output": c["largest output"], "seconds": time.perf_counter() - start}
+
+
+def describe(data):
+    "The table of a result"
+    rows = []
+    for name, r in data["models"].items():
+        of = lambda k: f"{r[k] / max(r['largest_output'], 1e-9):.1e}" if k in r else ""
+        rows.append({"model": name, "level": r["level"] or "refused", "off in fp32, of the largest output": of("off_fp32"), "in fp16": of("off_fp16"),
+                     "arithmetic": f"x{r['macs_factor']:.1f}" if "macs_factor" in r else "",
+                     "equal forms": ", ".join(f"{k.removeprefix('cerebras_')} {v}" for k, v in
+                                              {**r.get("rewrites", {}), **r.get("functions_changed", {})}.items()),
+                     "weights": r.get("weights", ""), "operators": r.get("operators", ""), "seconds": f"{r['seconds']:.0f}",
+                     "refused": r["refused"][:300]})
+    return "\n\n".join([table(rows), f"Lowered with {data['run']['worker']}. {where(data['run'])}"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="what is not run keeps its last result")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
+    parser.add_argument("--one", help=argparse.SUPPRESS) # one model in this process, its row on the last line
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
+    if args.one: return print("ROW" + json.dumps(lower(args.one))) or 0
+    data = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
+    data["run"] = facts() | {"worker": (worker_info("cerebras") or {"versions": {}})["versions"]}
+    for name in args.models:
+        data["models"][name] = in_a_process(name)
+        data["models"] = {k: data["models"][k] for k in MODELS if k in data["models"]}
+        write(args.out, data)
+        print(name, data["models"][name]["level"] or data["models"][name]["refused"][:200], flush=True)
+        gc.collect()
+    print(describe(data))
+    return 0
+
+
+def in_a_process(name):
+    "A process for each model: what one of them leaves in memory is gone before the next"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True, env=child_env())
+    rows = [l[3:] for l in done.stdout.splitlines() if l.startswith("ROW")]
+    if rows: return json.loads(rows[-1])
+    return {"level": "", "refused": (done.stderr.strip().splitlines() or ["?"])[-1][:600], "seconds": time.perf_counter() - start}
+
+
+if __name__ == "__main__": sys.exit(main())
