@@ -8,7 +8,6 @@ __all__ = ['AGAIN', 'SCENARIOS', 'Recorded', 'time_calls', 'benchmark', 'next_it
 # %% ../nbs/24_bench.ipynb #4877b650
 import math, tempfile, time
 from pathlib import Path
-import torch
 from .backends.base import cpu_threads, torch_threads
 from .choose import Stages
 from .cold import cold_start
@@ -16,6 +15,7 @@ from .config import nearest
 from .contenders import EAGER, STOCK, check_targets, prepare
 from .errors import ConfigError
 from .example import preserved
+from .percentiles import calls_needed
 from .results import BenchResult, Row, environment, gain_of, noise_of
 from .stages import bench_items, call_of, inputs_of, model_call, stage_split
 from .timing import interleave, others_running
@@ -101,8 +101,8 @@ def _check(bs, budget_s, hourly_price, cold, scenario):
     if not sizes or not all(isinstance(b, int) and not isinstance(b, bool) and b >= 1 for b in sizes):
         raise ConfigError(f'bs={bs!r}: needs whole numbers, 1 or more')
     if not budget_s > 0: raise ConfigError(f'budget_s={budget_s!r}: must be above 0 seconds')
-    if hourly_price is not None and not hourly_price >= 0: raise ConfigError(f'hourly_price={hourly_price!r}: must be 0 or more')
-    if not isinstance(cold, int) or cold < 0: raise ConfigError(f'cold={cold!r}: a number of fresh processes, 0 for none')
+    if hourly_price is not None and not hourly_price >= 0: raise ConfigError(f'{hourly_price=}: must be 0 or more')
+    if not isinstance(cold, int) or cold < 0: raise ConfigError(f'{cold=}: a number of fresh processes, 0 for none')
     if scenario is not None and scenario not in SCENARIOS:
         raise ConfigError(f'scenario={scenario!r}.{nearest(scenario, SCENARIOS)} There are {", ".join(SCENARIOS)}')
     return tuple(dict.fromkeys(sizes))
@@ -120,6 +120,7 @@ def benchmark(
     scenario=None,       # 'single_stream', 'server', 'offline' or 'spikes': load made by LoadGen instead
     qps=None,            # With a scenario: requests a second that arrive; None: 70% of what stock fastai can serve
     malformed=0.05,      # With a scenario: the share of requests that are malformed
+    limit_ms=None,       # With a scenario: 99% of the answers are wanted within it
     **config             # Fields of `CompileConfig`, such as `verify='numbers'`
 ):                       # `BenchResult`; with a scenario `ScenarioResult`
     """Stock fastai, eager and each target, measured in turn in one run. What fails is a row with its reason. Raises
@@ -136,7 +137,7 @@ def benchmark(
             found = prepare(learn, items, names, where, sizes[0] if scenario is None else 1, n, own, step, **config)
             if scenario:
                 from fastai_compile.scenario import run_scenarios
-                return run_scenarios(found, learn, items, scenario, qps, budget_s, malformed, source)
+                return run_scenarios(found, learn, items, scenario, qps, budget_s, malformed, source, limit_ms=limit_ms)
             return _run(found, items, sizes, budget_s, cold, n, source, hourly_price, step)
         finally: step.close()
 
@@ -155,7 +156,7 @@ def _run(found, items, sizes, budget_s, cold, threads, source, hourly_price, ste
     if cold:
         files = {c.name: c.path for c in found if not c.failed}
         with step('cold starts'): res.cold = cold_start(files, next_item(items), cold, threads) if files else {}
-    res.notes = _notes(res, max(others), cold)
+    res.notes = _notes(res, max(others), cold, budget_s)
     return res
 
 def next_item(
@@ -164,16 +165,28 @@ def next_item(
     "The first item, as `learn.predict` takes it"
     return items.iloc[0] if hasattr(items, 'iloc') else items[0]
 
-def _notes(res, others, cold):
+def _notes(res, others, cold, budget_s):
     e, notes = res.environment, []
     if others + e['threads'] > e['cores'] + .5:
-        notes.append(f"the machine was busy ({others:.1f} threads of other processes beside {e['threads']} on {e['cores']} CPUs): "
-                     'run it again on an idle one before you trust the times')
-    notes += ['two calls warm up each contender, all later ones count; a percentile is empty where the calls are too few for it',
+        notes.append(f"the machine was busy ({others:.1f} threads of other processes beside {e['threads']} on "
+                     f"{e['cores']} CPUs): run it again on an idle one before you trust the times")
+    notes += [*_more_calls(res, budget_s),
+              'two calls warm up each contender, all later ones count; a percentile is empty where they are too few',
               'times stock: end to end, compared round by round (98% interval); "none": inside the noise or below 5%',
               'stages: medians of fastai\'s own pipeline run piece by piece; rest: what the call takes beyond them',
               'break-even: calls of this batch size until the whole export is paid back']
-    if cold: notes.append(f'cold start: process start to first answer, median of {cold} fresh processes in turn, files in the page cache; '
-                          'peak MB: the high-water mark of that process (VmHWM), with Python, torch and fastai in it')
-    if res.hourly_price is not None: notes.append('per million: one machine that does nothing else, at the items a second of this table')
+    if cold:
+        notes.append(f'cold start: process start to first answer, median of {cold} fresh processes in turn, files in '
+                     'the page cache; peak MB: high-water mark of that process (VmHWM), with Python, torch, fastai')
+    if res.hourly_price is not None:
+        notes.append('per million: one machine that does nothing else, at the items a second of this table')
     return notes
+
+def _more_calls(res, budget_s):
+    "What a p99 would take, where there is none"
+    short = [r for r in res.rows if r.times_ms and r.latency.ms['p99'] is None]
+    if not short: return
+    need, fewest = calls_needed(.99), min(short, key=lambda r: len(r.times_ms))
+    seconds = math.ceil(budget_s*need/len(fewest.times_ms))
+    yield (f'a p99 takes {need} calls of each contender: budget_s={seconds} would do here '
+           f'(batch {fewest.bs}, {fewest.target})')

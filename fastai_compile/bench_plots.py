@@ -38,7 +38,7 @@ def plot_latency(
     for ax, size in zip(axes[0], sizes):
         for r in result.rows:
             if r.bs == size and len(r.times_ms) > 1: _tail(ax, r)
-        ax.set(xscale='log', xlabel='ms a call, end to end', ylabel='share of calls that are quicker', title=f'batch {size}')
+        ax.set(xscale='log', xlabel='ms a call, end to end', ylabel='share of quicker calls', title=f'batch {size}')
         ax.set_yticks([_nines(t) for t in ticks], [f'{t:.1%}'.replace('.0%', '%') for t in ticks])
         _plain_ticks(ax.xaxis)
         ax.grid(alpha=.3, which='both'); ax.legend(fontsize=8)
@@ -65,8 +65,9 @@ def plot_throughput(
         xs, ys = [r.latency.ms['p50'] for r in found], [r.per_s for r in found]
         line, = ax.plot(xs, ys, marker='o', label=name)
         for r, x, y in zip(found, xs, ys):
-            ax.annotate(str(r.bs), (x, y), textcoords='offset points', xytext=(5, -9), fontsize=8, color=line.get_color())
-    ax.set(xscale='log', yscale='log', xlabel='median ms of a call', ylabel='items a second', title='the number is the batch size')
+            ax.annotate(r.bs, (x, y), textcoords='offset points', xytext=(5, -9), fontsize=8, color=line.get_color())
+    ax.set(xscale='log', yscale='log', xlabel='median ms of a call', ylabel='items a second',
+           title='the number is the batch size')
     _plain_ticks(ax.xaxis); _plain_ticks(ax.yaxis)
     ax.grid(alpha=.3, which='both'); ax.legend(fontsize=8)
     plt.close(fig)

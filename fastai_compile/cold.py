@@ -31,15 +31,16 @@ def peak_mb():
     try: lines = open("/proc/self/status").read().splitlines()
     except OSError: return None
     return next((int(l.split()[1])/1024 for l in lines if l.startswith("VmHWM")), None)
-print("COLD " + json.dumps({"started": begun, "import_s": imported-begun, "load_s": loaded-imported, "first_s": done-read,
-    "done": done-(read-loaded), "peak_mb": peak_mb(), "model": type(learn.model).__name__}))
+print("COLD " + json.dumps({"started": begun, "import_s": imported-begun, "load_s": loaded-imported,
+    "first_s": done-read, "done": done-(read-loaded), "peak_mb": peak_mb(), "model": type(learn.model).__name__}))
 '''
 
 def _env():
     "The environment of a child: it finds what this process finds, and idle OpenMP threads sleep"
     import fastai_compile
     found = dict.fromkeys(p for p in [*sys.path, str(Path(fastai_compile.__file__).resolve().parent.parent)] if p)
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join(found), 'OMP_WAIT_POLICY': 'PASSIVE', 'PYTHONWARNINGS': 'ignore'}
+    ours = {'PYTHONPATH': os.pathsep.join(found), 'OMP_WAIT_POLICY': 'PASSIVE', 'PYTHONWARNINGS': 'ignore'}
+    return {**os.environ, **ours}
 
 def _one(file, item, threads, timeout_s):
     "Seconds of one fresh process, or a sentence that says why there are none"

@@ -20,8 +20,8 @@ def calls_needed(
     over=0,  # Calls that were above the limit
     confidence=0.99, # How sure
 )->int:
-    "Calls that it takes to say that the `q` quantile is within a limit which `over` of them passed. Raises `ValueError`"
-    if not 0 < q < 1 or not 0 < confidence < 1: raise ValueError(f'q={q} and confidence={confidence} must be between 0 and 1')
+    "Calls it takes to say that the `q` quantile is within a limit which `over` of them passed. Raises `ValueError`"
+    if not (0 < q < 1 and 0 < confidence < 1): raise ValueError(f'{q=} and {confidence=} must be between 0 and 1')
     low, high = over, over+1
     while _at_most(over, high, 1-q) > 1-confidence: low, high = high, 2*high
     while high-low > 1:
@@ -48,7 +48,7 @@ def quantile_bound(
     xs = sorted(times)
     n = len(xs)
     if n < calls_needed(q, confidence=confidence): return None
-    low, high = 0, n # The r-th smallest bounds the quantile where fewer than r of n are below it, `confidence` of the time
+    low, high = 0, n # The r-th smallest: fewer than r of n are below the quantile, `confidence` of the time
     while high-low > 1:
         mid = (low+high)//2
         if _at_most(mid-1, n, q) >= confidence: high = mid

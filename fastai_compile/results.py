@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 import pandas as pd, torch
 from .backends.base import Table
-from .contenders import EAGER, STOCK
 from .percentiles import QUANTILES, quantile_name, summarize
 from .stages import STAGES
-from .timing import Ratio, Timing, ratio
+from .timing import Ratio, ratio
 
 # %% ../nbs/24_results.ipynb #0825d01f
 @dataclass(frozen=True)
@@ -62,8 +61,9 @@ def environment(
     threads, # CPU threads of every contender
 )->dict:
     "The machine and the settings that times depend on"
-    return {'date': datetime.now(UTC).isoformat(timespec='seconds'), 'cpu': _cpu(), 'cores': os.cpu_count(), 'threads': threads,
-            'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY'), 'load_at_start': round(os.getloadavg()[0], 2),
+    return {'date': datetime.now(UTC).isoformat(timespec='seconds'), 'cpu': _cpu(), 'cores': os.cpu_count(),
+            'threads': threads, 'omp_wait_policy': os.environ.get('OMP_WAIT_POLICY'),
+            'load_at_start': round(os.getloadavg()[0], 2),
             'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             'os': f'{platform.system()} {platform.machine()}', 'python': platform.python_version(),
             'versions': {p: v for p in PACKAGES if (v := _version(p))}}
@@ -73,8 +73,8 @@ def omp_note(
 )->str:
     "What the policy of idle OpenMP threads means for this run"
     if (env['omp_wait_policy'] or '').upper() == 'PASSIVE': return 'idle OpenMP threads sleep (OMP_WAIT_POLICY=PASSIVE)'
-    return (f"OMP_WAIT_POLICY is {env['omp_wait_policy'] or 'not set'}: idle threads spin and may take the CPUs of whoever runs next. Set it "
-            'to PASSIVE before Python starts; `fastai-compile bench` does')
+    return (f"OMP_WAIT_POLICY is {env['omp_wait_policy'] or 'not set'}: idle threads spin and may take the CPUs of "
+            'whoever runs next. Set it to PASSIVE before Python starts; `fastai-compile bench` does')
 
 # %% ../nbs/24_results.ipynb #a525a711
 @dataclass
@@ -102,6 +102,10 @@ class Row:
         p50 = self.latency.ms['p50']
         if p50 is None or not self.stages or self.model_ms is None: return None
         return p50 - sum(self.stages.values()) - self.model_ms
+    @property
+    def stage_ms(self):
+        "{stage: milliseconds}, the model's own among them"
+        return {s: self.model_ms if s == 'model' else self.stages.get(s) for s in STAGES}
     def cost(self, hourly_price):
         "Of a million predictions on a machine of this price that does nothing else"
         return 1e6/self.per_s/3600*hourly_price if hourly_price is not None and self.per_s else None
@@ -142,17 +146,19 @@ class BenchResult:
 
     def stage_table(self)->Table:
         "Where the time of a call goes, in milliseconds"
-        return Table({'target': r.target, 'bs': r.bs, **{s: _n(r.model_ms if s == 'model' else r.stages.get(s)) for s in STAGES},
-                      'rest': _n(r.rest_ms), 'model times eager': str(r.model_gain or '')} for r in self.rows if not r.failed)
+        return Table({'target': r.target, 'bs': r.bs, **{s: _n(v) for s, v in r.stage_ms.items()},
+                      'rest': _n(r.rest_ms), 'model times eager': str(r.model_gain or '')}
+                     for r in self.rows if not r.failed)
 
     def file_table(self)->Table:
         "What each contender is: file, cold start, gate, placement, or why it is out"
         res = Table()
         for c in self.contenders:
-            cold = self.cold.get(c.name)
-            res.append({'target': c.name, 'compile s': _n(c.compile_s), 'export s': _n(c.export_s), 'load s': _n(c.load_s),
-                        'MB': _n(c.size_mb), 'first call ms': _n(c.first_ms), 'cold start s': _n(cold and cold.median('total_s')),
-                        'peak MB': _n(cold and cold.median('peak_mb')), 'gate': c.gate, 'result': c.failed or c.placement})
+            total, peak = _cold_of(self.cold, c.name)
+            res.append({'target': c.name, 'compile s': _n(c.compile_s), 'export s': _n(c.export_s),
+                        'load s': _n(c.load_s), 'MB': _n(c.size_mb), 'first call ms': _n(c.first_ms),
+                        'cold start s': _n(total), 'peak MB': _n(peak), 'gate': c.gate,
+                        'result': c.failed or c.placement})
         return res
 
     def cold_table(self)->Table:
@@ -192,24 +198,29 @@ class BenchResult:
 
     def _repr_html_(self):
         tables = ''.join(f'<h4>{escape(title)}</h4>{_html(t)}' for title, t in self._tables())
-        lines = ''.join(f'<tr><th style="text-align:left">{escape(k)}</th><td style="text-align:left">{escape(v)}</td></tr>'
-                        for k, v in self._lines())
+        cell = lambda tag, s: f'<{tag} style="text-align:left">{escape(s)}</{tag}>'
+        lines = ''.join(f"<tr>{cell('th', k)}{cell('td', v)}</tr>" for k, v in self._lines())
         return f'<p><b>{escape(self.headline)}</b></p>{tables}<table>{lines}</table>'
 
     # ---- data
     def to_df(self)->pd.DataFrame:
         "One row for each contender and batch size, all figures as numbers"
-        by = {c.name: c for c in self.contenders}
-        return pd.DataFrame([_record(r, by[r.target], self.cold.get(r.target), self.hourly_price) for r in self.rows])
+        return pd.DataFrame(self._records())
 
     def to_json(self,
         times=False, # Every single time too
     )->str:
         "All of it as JSON"
-        rows = [{**_record(r, c, self.cold.get(r.target), self.hourly_price), **({'times_ms': r.times_ms} if times else {})}
-                for r in self.rows for c in self.contenders if c.name == r.target]
-        return json.dumps({'headline': self.headline, 'environment': self.environment, 'items': self.source, 'noise': self.noise,
-                           'notes': self.notes, 'rows': _plain(rows), 'cold': {k: asdict(v) for k, v in self.cold.items()}}, indent=1)
+        rows = self._records()
+        if times: rows = [{**d, 'times_ms': r.times_ms} for d, r in zip(rows, self.rows)]
+        return json.dumps({'headline': self.headline, 'environment': self.environment, 'items': self.source,
+                           'noise': _plain(self.noise), 'notes': self.notes, 'rows': _plain(rows),
+                           'files': [_facts(c) for c in self.contenders],
+                           'cold': {k: asdict(v) for k, v in self.cold.items()}}, indent=1)
+
+    def _records(self):
+        by = {c.name: c for c in self.contenders}
+        return [_record(r, by[r.target], self.cold, self.hourly_price) for r in self.rows]
 
     def plot_latency(self, bs=None):
         "See `plot_latency`"
@@ -226,22 +237,33 @@ def _without_empty(rows):
     return Table({k: r[k] for k in keep} for r in rows)
 
 def _plain(o):
-    "JSON has no infinity"
+    "JSON has no infinity, and no NaN"
     if isinstance(o, dict): return {k: _plain(v) for k, v in o.items()}
     if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
-    return 'never' if o == math.inf else o
+    return 'never' if o == math.inf else None if o != o else o
 
 def _three(name, g):
     r = g.ratio if g else None
-    return {name: r and r.median, f'{name}_low': r and r.low, f'{name}_high': r and r.high, f'{name}_real': g and g.real}
+    return {name: r and r.median, f'{name}_low': r and r.low, f'{name}_high': r and r.high,
+            f'{name}_real': g and g.real}
+
+def _cold_of(cold, name):
+    "(seconds to the first answer, peak MB), or Nones"
+    found = cold.get(name)
+    return (found.median('total_s'), found.median('peak_mb')) if found else (None, None)
+
+def _facts(c):
+    "What a contender is, as plain values"
+    keys = ('name', 'failed', 'gate', 'placement', 'level', 'compile_s', 'export_s', 'load_s', 'size_mb', 'first_ms')
+    return {k: getattr(c, k) for k in keys}
 
 def _record(r, c, cold, hourly_price)->dict[str, Any]:
-    l = r.latency
-    stages = {f'{s}_ms': r.model_ms if s == 'model' else r.stages.get(s) for s in STAGES}
-    quantiles = {f'{quantile_name(q)}{what}_ms': d[quantile_name(q)] for q in QUANTILES for what, d in (('', l.ms), ('_at_most', l.bound_ms))}
-    return {'target': r.target, 'bs': r.bs, 'calls': l.calls, **quantiles, 'mean_ms': l.mean_ms, 'worst_ms': l.worst_ms,
-            'jitter': l.jitter, 'items_per_s': r.per_s, **_three('times_stock', r.gain), **stages, 'rest_ms': r.rest_ms,
-            **_three('model_times_eager', r.model_gain), 'first_ms': c.first_ms, 'compile_s': c.compile_s, 'export_s': c.export_s,
-            'load_s': c.load_s, 'size_mb': c.size_mb, 'cold_s': cold and cold.median('total_s'),
-            'peak_mb': cold and cold.median('peak_mb'), 'break_even_calls': r.break_even, 'per_million': r.cost(hourly_price),
-            'level': c.level, 'gate': c.gate, 'placement': c.placement, 'failed': r.failed}
+    "A row and its file as numbers"
+    l, (cold_s, peak_mb), names = r.latency, _cold_of(cold, r.target), [quantile_name(q) for q in QUANTILES]
+    return {'target': r.target, 'bs': r.bs, 'calls': l.calls, **{f'{n}_ms': l.ms[n] for n in names},
+            **{f'{n}_at_most_ms': l.bound_ms[n] for n in names}, 'mean_ms': l.mean_ms, 'worst_ms': l.worst_ms,
+            'jitter': l.jitter, 'items_per_s': r.per_s, **_three('times_stock', r.gain),
+            **{f'{s}_ms': v for s, v in r.stage_ms.items()}, 'rest_ms': r.rest_ms,
+            **_three('model_times_eager', r.model_gain), 'cold_s': cold_s, 'peak_mb': peak_mb,
+            'break_even_calls': r.break_even, 'per_million': r.cost(hourly_price),
+            **{k: v for k, v in _facts(c).items() if k not in ('name', 'failed')}, 'failed': r.failed}
