@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from fastprogress.fastprogress import progress_bar
 from .answers import check_answers
+from .apart import compile_apart
 from .backends.base import available_backends, backends, get_backend
 from .errors import (BackendError, BackendUnavailable, CompileError, ConfigError, NotTrainable,
                                    VerificationError)
@@ -144,7 +145,9 @@ def attempt(
     "Compile with one backend and check its numbers; what goes wrong is kept in the candidate. Raises `ConfigError`"
     c, start = Candidate(backend.name), time.perf_counter()
     try:
-        with stages('compile', backend.name), _adapter(backend.name): payload = backend.compile(captured, config)
+        apart = config.isolate and backend.name != 'eager' # whose payload is the module itself
+        with stages('compile', backend.name), _adapter(backend.name):
+            payload = compile_apart(backend, captured, config) if apart else backend.compile(captured, config)
         c.seconds, start = time.perf_counter()-start, time.perf_counter()
         with stages('load', backend.name), _adapter(backend.name):
             c.model = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs,

@@ -29,6 +29,7 @@ class CompileConfig:
     verify_rows:int = 2000        # At most so many validation rows for answers and metrics
     level:str = 'executed' # 'lowered' or 'compiled': write a file for a target that this machine lacks, its gate deferred
     threads:int|None = None # CPU threads of the compiled model. None: torch's, capped by affinity and cgroup quota
+    isolate:bool = False          # Let every candidate compile in a process of its own: a compiler that crashes stays there
     budget_s:float = 300          # With `True`: start no further candidate after so many seconds
     keep_eager:bool = True        # Keep the PyTorch model in the file, for `to_eager`, 'rebuild' and 'eager'
     options:dict = field(default_factory=dict)  # Passed to the backend; `{'inductor': {...}}` where several are tried
@@ -72,6 +73,7 @@ def _check(cfg):
     if cfg.tolerance is not None and not cfg.tolerance > 0: no('tolerance', 'must be above 0')
     if not cfg.max_metric_change >= 0: no('max_metric_change', 'must be 0 or more')
     if not cfg.budget_s >= 0: no('budget_s', 'must be 0 or more seconds')
+    if not isinstance(cfg.isolate, bool): no('isolate', 'choose True or False')
     if not isinstance(cfg.options, dict): no('options', 'must be a dict')
     if not all(isinstance(o, str) for o in cfg.allow_fallback):
         no('allow_fallback', 'names the operators that may run elsewhere: strings, as the FallbackError gave them')

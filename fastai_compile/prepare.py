@@ -9,6 +9,7 @@ __all__ = ['is_prepared', 'prepare', 'prepared_report', 'write_open_format']
 import os, shutil, tempfile
 from pathlib import Path
 import torch
+from .apart import compile_apart
 from .artifact import write_whole
 from .backends.base import Table
 from .box import make_reference_row
@@ -73,7 +74,8 @@ def prepare(
     if reference is None:
         raise BackendError('no synthetic reference row could be made for this model, and without one nothing would check the '
                            f'answers of {backend.name} where the file is opened')
-    with stages('compile', backend.name), _adapter(backend.name): payload = backend.compile(captured, config)
+    with stages('compile', backend.name), _adapter(backend.name):
+        payload = compile_apart(backend, captured, config) if config.isolate else backend.compile(captured, config)
     if not _at_least(payload.placement.level, config.level):
         raise BackendUnavailable(f'{backend.name} was taken to {payload.placement}, asked for was level={config.level!r}')
     res = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager,
