@@ -29,11 +29,11 @@ class _Child:
     def __init__(self, stack, how, rest, log, env=None, memory_mb=None, fds=()):
         self.stack, self.log = (stack.name if isinstance(stack, Path) else stack), log
         base = {k: v for k, v in os.environ.items() if not k.startswith(_ADDED)}
-        cmd = [str(worker_python(stack)), '-I', '-u', protocol.__file__, str(os.getpid()), str(memory_mb or 0), how, *map(str, rest)]
+        cmd = [worker_python(stack), '-I', '-u', protocol.__file__, os.getpid(), memory_mb or 0, how, *rest]
         self.memory_mb, self.pid = memory_mb, os.getpid()
         with open(log, 'wb') as out:
-            self.process = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**base, **(env or {})},
-                                            start_new_session=True, pass_fds=fds)
+            self.process = subprocess.Popen([str(c) for c in cmd], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                            env={**base, **(env or {})}, start_new_session=True, pass_fds=fds)
 
     def kill(self):
         if os.getpid() != self.pid: return # a forked copy: the child is the parent's
@@ -41,8 +41,12 @@ class _Child:
         except (ProcessLookupError, PermissionError): pass
         self.process.wait()
 
-    def why(self):
-        "How it ended, as a sentence with its last lines"
+    def error(self, what):
+        "A `BackendError` with its last lines"
+        return BackendError(f'the {self.stack} worker {what}. Its last lines:\n{tail(self.log)}')
+
+    def ended(self):
+        "A `BackendError` that tells how it ended"
         code, log = self.process.wait(), tail(self.log)
         if 'MemoryError' in log or 'bad_alloc' in log or 'not enough memory' in log.lower():
             limit = f' (its limit was {self.memory_mb} MB)' if self.memory_mb else ''
@@ -51,7 +55,7 @@ class _Child:
             how = 'was killed (SIGKILL): on a full machine that is how the system frees memory; see `dmesg`'
         elif code < 0: how = f'died of {signal.Signals(-code).name}'
         else: how = f'ended with code {code}'
-        return f'the {self.stack} worker {how}. Its last lines:\n{log}'
+        return self.error(how)
 
 # %% ../nbs/12_worker.ipynb #43337499
 @dataclass(frozen=True)
@@ -74,11 +78,10 @@ def _write_inputs(folder, job, files):
 
 def _read_result(folder, child):
     try: res = json.loads((folder/'result.json').read_text())
-    except OSError: raise BackendError(f'the {child.stack} worker ended without a result. Its last lines:\n{tail(child.log)}') from None
-    except ValueError as e:
-        raise BackendError(f'the {child.stack} worker wrote rubbish as its result ({e}). Its last lines:\n{tail(child.log)}') from None
+    except OSError: raise child.error('ended without a result') from None
+    except ValueError as e: raise child.error(f'wrote rubbish as its result ({e})') from None
     if isinstance(res, dict): return res
-    raise BackendError(f'the {child.stack} worker wrote a {type(res).__name__} as its result, not a dict')
+    raise child.error(f'wrote a {type(res).__name__} as its result, not a dict')
 
 def run_job(
     stack,  # Name of a stack, or the path of an interpreter
@@ -89,7 +92,8 @@ def run_job(
     memory_mb=None, # Limit of its data in MB; None: none
     env=None, # Environment variables to add
 )->JobResult:
-    "Run a script once. Raises `BackendError` where it hangs, dies, fills the memory or leaves no result; `BackendUnavailable` without its environment"
+    """Run a script once. Raises `BackendError` where it hangs, dies, fills the memory or leaves no result,
+    `BackendUnavailable` without its environment"""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix='fastai_compile-') as tmp:
         folder = Path(tmp)/'job'
@@ -99,10 +103,9 @@ def run_job(
         try: code = child.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             child.kill()
-            raise BackendError(f'the {child.stack} worker did not finish in {timeout_s:g} s and was ended. Its last lines:\n'
-                               f'{tail(child.log)}') from None
+            raise child.error(f'did not finish in {timeout_s:g} s and was ended') from None
         finally: child.kill()
-        if code: raise BackendError(child.why())
+        if code: raise child.ended()
         made = {str(p.relative_to(folder/'out')): p.read_bytes() for p in sorted((folder/'out').rglob('*')) if p.is_file()}
         return JobResult(_read_result(folder, child), made, child.log.read_text(errors='replace'), time.perf_counter()-start)
 
@@ -165,21 +168,18 @@ class Session:
         except BaseException as e:
             why = self._why(e, name, timeout_s)
             self.close()
-            if why: raise BackendError(why) from None
-            raise
+            raise why from None
         if reply['ok']: return reply['args'], protocol.to_torch(out)
         raise BackendError(f"the {self._child.stack} worker, `{name}`: {reply['error']}\n{tail(reply['trace'])}")
 
     def _why(self, e, name, timeout_s):
         child = self._child
-        if isinstance(e, (protocol.BadMessage, ValueError, KeyError, TypeError)):
-            return f'the {child.stack} worker answered `{name}` with rubbish ({e}). Its last lines:\n{tail(child.log)}'
-        if isinstance(e, TimeoutError):
-            return f'the {child.stack} worker did not answer `{name}` in {timeout_s:g} s and was ended. Its last lines:\n{tail(child.log)}'
-        if not isinstance(e, (EOFError, OSError)): return ''
+        if isinstance(e, (protocol.BadMessage, ValueError, KeyError)): return child.error(f'answered `{name}` with rubbish ({e})')
+        if isinstance(e, TimeoutError): return child.error(f'did not answer `{name}` in {timeout_s:g} s and was ended')
+        if not isinstance(e, (EOFError, OSError)): return e
         try: child.process.wait(5)
         except subprocess.TimeoutExpired: child.kill()
-        return child.why()
+        return child.ended()
 
     def close(self):
         "End the child; a later call starts a new one"
@@ -197,11 +197,13 @@ def main(
 )->int:
     "`python -m fastai_compile.worker install|list|remove`"
     p = argparse.ArgumentParser('python -m fastai_compile.worker', formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='Some vendors need a PyTorch of their own. This makes an environment for each, beside yours, and never touches yours.\n'
+        description='Some vendors need a PyTorch of their own. This makes an environment for each, and never touches yours.\n'
                     'Environments are kept in $FASTAI_COMPILE_CACHE, or in ~/.cache/fastai_compile.')
     verbs = p.add_subparsers(dest='verb', required=True, metavar='install | list | remove')
-    known = '; '.join(f'{k}: {", ".join(s.requirements[:2])}, Python {" or ".join(s.pythons)}, {s.disk_gb:.1f} GB' for k, s in stacks.items())
-    for verb, text in (('install', 'make an environment (safe to run again, and to interrupt)'), ('remove', 'remove an environment')):
+    known = '; '.join(f'{k}: {", ".join(s.requirements[:2])}, Python {" or ".join(s.pythons)}, {s.disk_gb:.1f} GB'
+                      for k, s in stacks.items())
+    texts = {'install': 'make an environment (safe to run again, and to interrupt)', 'remove': 'remove an environment'}
+    for verb, text in texts.items():
         v = verbs.add_parser(verb, help=text, description=f'{text}. Known: {known}')
         v.add_argument('name', help=', '.join(stacks))
     verbs.add_parser('list', help='show every environment with its versions and its size')

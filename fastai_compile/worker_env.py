@@ -29,9 +29,9 @@ class Stack:
 stacks = {
     'cerebras': Stack(('3.11',), ('cerebras-pytorch==2.10.0', 'torch==2.4.0', 'safetensors==0.8.0'),
                       'import cerebras.pytorch, safetensors.torch', ('cerebras-pytorch', 'torch', 'numpy'), 6.5),
-    'xla': Stack(('3.11', '3.12', '3.10'), ('torch==2.9.0', 'torch-xla==2.9.0', 'libtpu==0.0.21', 'jax==0.7.1', 'jaxlib==0.7.1',
-                 'numpy<3', 'safetensors==0.8.0'), 'import torch_xla, jax, safetensors.torch',
-                 ('torch-xla', 'torch', 'libtpu', 'jax'), 8.),
+    'xla': Stack(('3.11', '3.12', '3.10'), ('torch==2.9.0', 'torch-xla==2.9.0', 'libtpu==0.0.21', 'jax==0.7.1',
+                 'jaxlib==0.7.1', 'numpy<3', 'safetensors==0.8.0'), 'import torch_xla, jax, safetensors.torch',
+                 ('torch-xla', 'torch', 'libtpu', 'jax'), 9.),
 }
 
 def workers_folder()->Path:
@@ -66,7 +66,8 @@ def why_no_worker(
     "'' where the environment is there, else the reason"
     stack, here = _stack(name), (platform.system(), platform.machine())
     if here not in stack.systems:
-        return f'the {name} stack has packages for {", ".join(" ".join(s) for s in stack.systems)} only; this is {" ".join(here)}'
+        has = ', '.join(' '.join(s) for s in stack.systems)
+        return f'the {name} stack has packages for {has} only; this is {" ".join(here)}'
     info = worker_info(name)
     if info is None: return f'the {name} worker is not installed ({", ".join(stack.requirements[:2])})'
     if info['requirements'] != list(stack.requirements): return f'the {name} worker was made for other versions'
@@ -103,9 +104,10 @@ def find_python(
     for v in versions:
         for p in dict.fromkeys(_candidates(v)):
             if _can_make(p, v): return p
+    v = versions[0]
     raise BackendUnavailable(f'no Python {" or ".join(versions)} with venv was found on PATH, in pyenv or in uv. Install one '
-                             f'(`pyenv install {versions[0]}`, `uv python install {versions[0]}`, or python{versions[0]} and '
-                             f'python{versions[0]}-venv of your system) and run the command again')
+                             f'(`pyenv install {v}`, `uv python install {v}`, or python{v} and python{v}-venv of your '
+                             'system) and run the command again')
 
 # %% ../nbs/12_worker_env.ipynb #e5b8523f
 @contextmanager
@@ -138,8 +140,8 @@ def _run(cmd, say, what):
 def _check_disk(stack, root, name):
     free = shutil.disk_usage(root).free/1e9
     if free < stack.disk_gb:
-        raise BackendUnavailable(f'the {name} worker needs {stack.disk_gb:.1f} GB under {root}, here are {free:.1f} GB free. Make room, '
-                                 'or set FASTAI_COMPILE_CACHE to a folder on another disk')
+        raise BackendUnavailable(f'the {name} worker needs {stack.disk_gb:.1f} GB under {root}, here are {free:.1f} GB '
+                                 'free. Make room, or set FASTAI_COMPILE_CACHE to a folder on another disk')
 
 def _size_mb(folder): return round(sum(p.lstat().st_size for p in folder.rglob('*') if not p.is_dir())/1e6)
 
@@ -162,12 +164,13 @@ def install_worker(
     name, # Of a stack
     say=print, # Called with each line of progress
 )->dict:
-    "Make the environment of a stack, or find it there. Raises `BackendUnavailable` with what is missing, `ConfigError` for an unknown name"
+    """Make the environment of a stack, or find it there. Raises `BackendUnavailable` with what is missing,
+    `ConfigError` for an unknown name"""
     stack = _stack(name)
     with _locked(name, say) as folder:
         if not (why := why_no_worker(name)):
             say(f'the {name} worker is there: {folder}')
-            return worker_info(name)
+            return json.loads(_marker(name).read_text())
         if 'only; this is' in why: raise BackendUnavailable(why)
         python = find_python(stack.pythons)
         if folder.exists():
@@ -185,7 +188,8 @@ def install_worker(
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    say(f'==> the {name} worker is ready: ' + ', '.join(f'{k} {v}' for k, v in info['versions'].items()) + f', {info["size_mb"]} MB')
+    versions = ', '.join(f'{k} {v}' for k, v in info['versions'].items())
+    say(f'==> the {name} worker is ready: {versions}, {info["size_mb"]} MB')
     return info
 
 def remove_worker(

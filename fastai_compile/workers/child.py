@@ -43,7 +43,7 @@ def receive(
 ):                 # (header, [(dtype, shape, bytearray)])
     "Wait for one message. Raises `BadMessage` for rubbish, `EOFError` where the other side is gone"
     magic, n, size = _PREFIX.unpack(_read(sock, _PREFIX.size, deadline))
-    if magic != _MAGIC or n > _LONGEST_HEADER: raise BadMessage('no message, but %r' % magic)
+    if magic != _MAGIC or n > _LONGEST_HEADER: raise BadMessage(f'no message, but {magic!r}')
     header = json.loads(_read(sock, n, deadline).decode())
     facts = header.pop('tensors')
     if sum(t['nbytes'] for t in facts) != size: raise BadMessage('the sizes of the tensors do not fit together')
@@ -81,7 +81,7 @@ def serve(
             args, out = getattr(module, header['call'])(header['args'], tensors)
             reply = {'ok': True, 'args': args}
         except Exception as e:
-            reply, out = {'ok': False, 'error': '%s: %s' % (type(e).__name__, e), 'trace': traceback.format_exc()}, ()
+            reply, out = {'ok': False, 'error': f'{type(e).__name__}: {e}', 'trace': traceback.format_exc()}, ()
         send(sock, reply, out)
 
 # %% ../../nbs/workers/10_child.ipynb #3c039af2
