@@ -1482,6 +1482,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'fastai_compile/preds.py'),
                                       'fastai_compile.preds._Gathered.add': ('preds.html#_gathered.add', 'fastai_compile/preds.py'),
                                       'fastai_compile.preds._Gathered.all': ('preds.html#_gathered.all', 'fastai_compile/preds.py'),
+                                      'fastai_compile.preds._check_numbers': ('preds.html#_check_numbers', 'fastai_compile/preds.py'),
                                       'fastai_compile.preds._losses': ('preds.html#_losses', 'fastai_compile/preds.py'),
                                       'fastai_compile.preds._own_loader': ('preds.html#_own_loader', 'fastai_compile/preds.py'),
                                       'fastai_compile.preds._read': ('preds.html#_read', 'fastai_compile/preds.py'),

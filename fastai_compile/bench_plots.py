@@ -41,9 +41,14 @@ def plot_latency(
         ax.set(xscale='log', xlabel='ms a call, end to end', ylabel='share of quicker calls', title=f'batch {size}')
         ax.set_yticks([_nines(t) for t in ticks], [f'{t:.1%}'.replace('.0%', '%') for t in ticks])
         _plain_ticks(ax.xaxis)
-        ax.grid(alpha=.3, which='both'); ax.legend(fontsize=8)
+        _finish(ax)
     plt.close(fig)
     return fig
+
+def _finish(ax):
+    ax.grid(alpha=.3, which='both')
+    if ax.lines: ax.legend(fontsize=8)
+    else: ax.text(.5, .5, 'too few calls', ha='center', transform=ax.transAxes)
 
 def _plain_ticks(axis):
     "1, 2, 5, 10 instead of powers of ten"
@@ -69,6 +74,6 @@ def plot_throughput(
     ax.set(xscale='log', yscale='log', xlabel='median ms of a call', ylabel='items a second',
            title='the number is the batch size')
     _plain_ticks(ax.xaxis); _plain_ticks(ax.yaxis)
-    ax.grid(alpha=.3, which='both'); ax.legend(fontsize=8)
+    _finish(ax)
     plt.close(fig)
     return fig
