@@ -6,7 +6,7 @@
 __all__ = ['buckets_for', 'fell_back', 'XlaRunner', 'XlaBackend', 'tpu_chips', 'TpuBackend']
 
 # %% ../../nbs/backends/60_xla.ipynb #39da05ed
-import hashlib, importlib.metadata, json
+import hashlib, importlib.metadata, json, weakref
 from pathlib import Path
 import torch
 from .base import Payload, Placement, Probe, backend_options, register_backend
@@ -95,20 +95,36 @@ class XlaRunner:
     def __init__(self, session, placement): self.session, self.placement = session, placement
     def __call__(self, xs): return self.session.call('run', {'n': len(xs[0])}, xs)[1]
 
-def _open(payload, hardware, threads, target):
-    "A session with the model of a payload"
+_live = weakref.WeakValueDictionary()
+
+def _digest(payload):
+    h = hashlib.sha256()
+    for name, t in sorted({**payload.files, **payload.tensors}.items()):
+        h.update(name.encode())
+        if t.numel(): h.update(t.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def _session(payload, hardware, threads):
+    "A session that holds the graphs and weights of a payload"
     from fastai_compile.worker import Session
-    if why := why_no_worker('xla'): raise BackendUnavailable(f'{why}. Make it with `{install_command("xla")}`')
-    here, made = worker_info('xla')['versions']['torch-xla'], payload.choices['torch_xla']
-    if here != made:
-        raise BackendUnavailable(f'this file was lowered by torch_xla {made}, the worker here has {here}: '
-                                 'open it with on_mismatch="rebuild"')
+    key = _digest(payload), hardware, threads
+    if found := _live.get(key): return found
     def text(name): return payload.files[name].numpy().tobytes()
     graphs = {n: {'code': text(f'{n}.py').decode(), 'info': json.loads(text(f'{n}.json')),
                   'sha256': hashlib.sha256(text(f'{n}.mlirbc')).hexdigest()} for n in payload.buckets}
     args = {'graphs': graphs, 'weights': list(payload.tensors), 'threads': threads}
     start = 'start', args, list(payload.tensors.values())
-    session = Session('xla', _script('xla'), start, env={'PJRT_DEVICE': hardware}, timeout_s=900)
+    res = _live[key] = Session('xla', _script('xla'), start, env={'PJRT_DEVICE': hardware}, timeout_s=900)
+    return res
+
+def _open(payload, hardware, threads, target):
+    "A session with the model of a payload"
+    if why := why_no_worker('xla'): raise BackendUnavailable(f'{why}. Make it with `{install_command("xla")}`')
+    here, made = worker_info('xla')['versions']['torch-xla'], payload.choices['torch_xla']
+    if here != made:
+        raise BackendUnavailable(f'this file was lowered by torch_xla {made}, the worker here has {here}: '
+                                 'open it with on_mismatch="rebuild"')
+    session = _session(payload, hardware, threads)
     said, _ = session.call('hello')
     if said['hardware'] != hardware:
         session.close()

@@ -9,8 +9,8 @@ __all__ = ['ENV', 'topology', 'compile_for', 'main']
 import json, os, sys
 
 # %% ../../nbs/workers/30_tpu.ipynb #476d3837
-ENV = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
-       'TPU_LOG_DIR': 'disabled', 'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3',
+ENV = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
+       'TPU_WORKER_ID': '0', 'TPU_LOG_DIR': 'disabled', 'TPU_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3',
        'JAX_PLATFORMS': 'cpu'} # Asks no network
 
 def topology(
