@@ -417,6 +417,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'fastai_compile/backends/coreml.py'),
                                                 'fastai_compile.backends.coreml._coremltools': ( 'backends/coreml.html#_coremltools',
                                                                                                  'fastai_compile/backends/coreml.py'),
+                                                'fastai_compile.backends.coreml._interface': ( 'backends/coreml.html#_interface',
+                                                                                               'fastai_compile/backends/coreml.py'),
                                                 'fastai_compile.backends.coreml._options': ( 'backends/coreml.html#_options',
                                                                                              'fastai_compile/backends/coreml.py'),
                                                 'fastai_compile.backends.coreml._refused': ( 'backends/coreml.html#_refused',

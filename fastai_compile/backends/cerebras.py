@@ -13,7 +13,7 @@ from .base import Payload, Placement, Probe, backend_options, register_backend
 from .cerebras_checks import (FP16_TOLERANCE, STACK, check_census, check_lowered, lower_program, refusal_of,
                                                      worker_script)
 from .cerebras_rewrites import CEREBRAS_REWRITES, count_macs
-from .cirh import parse_cirh
+from .cirh import parse_cirh, without_places
 from ..capture import Flat
 from ..errors import BackendError, BackendUnavailable, ConfigError
 from ..worker import Session
@@ -63,9 +63,14 @@ class CerebrasRunner:
 
 # %% ../../nbs/backends/74_cerebras.ipynb #23e47a91
 _TARGET = 'Cerebras WSE'
-_MEMBERS = ('graph.py', 'graph.json')
 
 def _bytes(data): return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+def _members(made, n):
+    "What the file holds of one batch size, without paths of this machine"
+    info = {**made.info, 'lines': [{**l, 'source': ''} for l in made.info['lines']]}
+    return {f'batch{n}/graph.py': _bytes(made.files['graph.py']), f'batch{n}/graph.json': _bytes(json.dumps(info).encode()),
+            f'batch{n}/cirh.mlir': _bytes(without_places(made.text).encode())}
 
 def _rows(captured, n):
     "Batches of `n` that show every row of the example"
@@ -107,7 +112,7 @@ class CerebrasBackend:
             made, operators, off = self._lower(captured, program, tensors, n, config.tolerance)
             if address is not None: self._on_cluster(captured, n, address)
             offs.append(off)
-            files.update({f'batch{n}/{m}': _bytes(made.files[m]) for m in _MEMBERS}, **{f'batch{n}/cirh.mlir': _bytes(made.text.encode())})
+            files.update(_members(made, n))
         weights = {k: tensors[k].detach() for k in set(made.info['used'].values())}
         level = 'lowered' if address is None else 'compiled'
         return Payload(self.name, files, weights, {}, Placement(_TARGET, level, {'CIRH': sum(operators.values())}),

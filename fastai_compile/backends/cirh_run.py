@@ -9,7 +9,6 @@ __all__ = ['OPERATORS', 'run_cirh']
 import math
 import torch
 from torch.nn import functional as F
-from .cirh import DTYPES, parse_cirh
 from ..errors import BackendError
 
 # %% ../../nbs/backends/72_cirh_run.ipynb #ccc44265
@@ -21,13 +20,14 @@ def _pairs(padding, n):
     if len(p) == n: p = [v for d in p for v in (d, d)]
     return [v for i in reversed(range(n)) for v in p[2*i:2*i+2]]
 
-def _convolution(to, x, w, *, stride, padding, dilation, groups, data_format, conv_pass_direction='FWD', transposed=False, output_padding=None):
+def _convolution(to, x, w, *, stride, padding, dilation, groups, data_format, conv_pass_direction='FWD', transposed=False):
     if data_format[:2] != 'NC' or conv_pass_direction != 'FWD': raise TypeError(f'{data_format} {conv_pass_direction}')
     n = w.ndim-2
     stride, dilation, pads = _ints(stride), _ints(dilation), _pairs(padding, n)
-    if transposed:
+    if transposed: # its output size is not determined by its attributes alone: the declared one decides
         if pads[::2] != pads[1::2]: raise TypeError(f'a transposed convolution with padding {pads}')
-        more = _ints(output_padding) if output_padding is not None else 0
+        least = [(i-1)*s - 2*p + d*(k-1) + 1 for i, s, p, d, k in zip(x.shape[2:], stride, pads[::-2], dilation, w.shape[2:])]
+        more = [o-m for o, m in zip(to.shape[2:], least)]
         return {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n](x, w, None, stride, pads[::-2], more, groups, dilation)
     return {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n](F.pad(x, pads), w, None, stride, 0, dilation, groups)
 
@@ -43,7 +43,7 @@ def _pool(to, x, same, *, ksize, strides, padding, dilation, pool_type, data_for
 
 def _reduce(to, x, *, dimensions, keep_dims, reduce_kind):
     dims, keep = _ints(dimensions), _ints(keep_dims)
-    fns = {'ADD': x.sum, 'MAX': x.amax, 'MIN': x.amin}
+    fns = {'ADD': x.sum, 'MAX': x.amax, 'MIN': x.amin, 'ARGMAX': lambda dim, keepdim: x.argmax(*dim, keepdim)}
     if reduce_kind not in fns: raise TypeError(f'reduce_kind {reduce_kind}')
     y = fns[reduce_kind](dim=dims, keepdim=True)
     return y.reshape([n for i, n in enumerate(y.shape) if i not in dims or i in keep])
@@ -70,11 +70,11 @@ def _batch_norm(to, x, w, b, mean, var, *, epsilon, is_training, data_format, ex
     if is_training or data_format[:2] != 'NC': raise TypeError(f'is_training={is_training} {data_format}')
     return F.batch_norm(x, mean, var, w, b, False, 0., epsilon), mean, var
 
-def _layer_norm(to, x, w, b, *, epsilon): return F.layer_norm(x, w.shape, w, b, epsilon)
+def _layer_norm(to, x, b, w, *, epsilon): return F.layer_norm(x, w.shape, w, b, epsilon) # the shift comes before the scale
 
 def _group_norm(to, x, w, b, *, epsilon, num_groups, affine, data_format):
     if data_format[:2] != 'NC': raise TypeError(data_format)
-    return F.group_norm(x, num_groups, *((w, b) if affine else (None, None)), epsilon)
+    return F.group_norm(x, num_groups, *((w.flatten(), b.flatten()) if affine else (None, None)), epsilon)
 
 def _bias(to, x, b, *, dim): return x + b.reshape([-1 if i == dim else 1 for i in range(x.ndim)])
 
@@ -93,6 +93,7 @@ def _pad(to, x, *, constant_values, edge_padding_low, edge_padding_high, interio
 
 def _gather(to, x, index, *, axis, batch_dims, is_sparse=False):
     if batch_dims: raise TypeError(f'batch_dims={batch_dims}')
+    if index.ndim == x.ndim > 1 and tuple(index.shape) == to.shape: return x.gather(axis, index)
     return x.index_select(axis, index.flatten()).reshape(*x.shape[:axis], *index.shape, *x.shape[axis+1:])
 
 def _compare(to, a, b, *, comparison_direction):
@@ -101,6 +102,10 @@ def _compare(to, a, b, *, comparison_direction):
 
 def _divide(to, a, b): return torch.div(a, b, rounding_mode=None if a.is_floating_point() else 'trunc')
 def _arange(to, start, end, step, *, dim): return torch.arange(start.item(), end.item(), step.item(), dtype=to.dtype)
+def _cumsum(to, x, *, axis, exclusive, reverse):
+    if exclusive or reverse: raise TypeError('exclusive or reverse')
+    return x.cumsum(axis)
+
 def _topk(to, x, *, k, dimension, largest, sorted): return tuple(x.topk(k, dimension, largest, sorted))
 def _split(to, x, *, axis, split_sizes): return tuple(x.split(_ints(split_sizes), axis))
 def _concat(to, *xs, axis): return torch.cat(xs, axis)
@@ -115,7 +120,7 @@ def _plain(fn): return lambda to, *xs: fn(*xs)
 # %% ../../nbs/backends/72_cirh_run.ipynb #601fc397
 OPERATORS = {'Convolution': _convolution, 'Pool': _pool, 'Reduce': _reduce, 'BroadcastInDim': _broadcast, 'DotGeneral': _dot, 'MatMul': _matmul,
     'FusedBatchNorm': _batch_norm, 'LayerNorm': _layer_norm, 'GroupNorm': _group_norm, 'BiasAdd': _bias, 'Slice': _slice,
-    'StridedSlice': _strided, 'pad': _pad, 'Gather': _gather, 'Compare': _compare, 'Div': _divide, 'Arange': _arange, 'TopK': _topk,
+    'StridedSlice': _strided, 'pad': _pad, 'Gather': _gather, 'Compare': _compare, 'Div': _divide, 'Arange': _arange, 'TopK': _topk, 'CumSum': _cumsum,
     'Split': _split, 'Concat': _concat, 'Gelu': _gelu, 'L2Norm': _norm, 'Softplus': _softplus, 'Cast': _cast, 'Clamp': _clamp,
     'Reshape': lambda to, x: x.reshape(to.shape), 'Transpose': lambda to, x, order: x.permute(_ints(order)),
     'Softmax': lambda to, x, *, axis: x.softmax(axis), 'Elu': lambda to, x, *, alpha: F.elu(x, alpha),
