@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -34,7 +35,7 @@ MODELS = {
     "mobilenetv3_large": ("mobilenetv3_large_100", 64), "xresnet18": (xresnet18, 65), "regnety_004": ("regnety_004", 64),
     "resnext50": ("resnext50_32x4d", 64), "convnextv2_nano": ("convnextv2_nano", 64), "swin_tiny": ("swin_tiny_patch4_window7_224", 224),
     "mobilenetv2": ("mobilenetv2_100", 64), "resnet18 at 224": (resnet18, 224),
-    "unet_learner": (None, "unet"), "tabular_learner": (None, "tabular"), "collab_learner": (None, "collab"),
+    "unet_learner": (None, "unet"), "tabular_learner": (None, "tabular_classification"), "collab_learner": (None, "collab_nn"),
 }
 
 
@@ -68,8 +69,8 @@ def lower(name):
         learn = learner(name, Path(folder))
         example = example_batch(learn, bs=8)
     settle(learn.model, example.xb)
-    small = type(example)(tuple(x[:2].contiguous() for x in example.xb), example.yb, example.types, example.source, example.rows[:2], example.synthetic)
-    return lowered(backend, config, learn.model, small)
+    two = replace(example, xb=tuple(x[:2].contiguous() for x in example.xb), rows=example.rows[:2])
+    return lowered(backend, config, learn.model, two)
 
 
 def lowered(backend, config, model, example):
@@ -113,7 +114,8 @@ def main():
     data = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
     data["run"] = facts() | {"worker": (worker_info("cerebras") or {"versions": {}})["versions"]}
     for name in args.models:
-        data["models"][name] = in_a_process(name)
+        told = {k: data["run"][k] for k in ("date", "commit", "command")}
+        data["models"][name] = in_a_process(name) | {"run": told | {"versions": data["run"]["worker"]}}
         data["models"] = {k: data["models"][k] for k in MODELS if k in data["models"]}
         write(args.out, data)
         print(name, data["models"][name]["level"] or data["models"][name]["refused"][:200], flush=True)
