@@ -1,0 +1,451 @@
+"""The lean path: bit for bit what fastai answers around the same compiled model, from many threads, and no answer to what has none."""
+import io
+import re
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.data.transforms import Transform, get_image_files, parent_label
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, L, TabularDataLoaders, TabularLearner, TabularPandas,
+                                TabularProc, noop, tabular_learner)
+from fastai.vision.all import (ImageDataLoaders, Normalize, PILImage, RandomResizedCrop, TensorImage, imagenet_stats)
+from helpers import items_of, make_frame, make_images, small_cnn
+from PIL import Image as PILFile
+
+from fastai_compile.errors import CompileError, ConfigError
+from fastai_compile.items import InvalidInput, stock_input
+from fastai_compile.lean import patch_lean
+from fastai_compile.predict import plan_of
+
+STOCK = {"predict": getattr(Learner.predict, "stock", Learner.predict),
+         "row": getattr(TabularLearner.predict, "stock", TabularLearner.predict),
+         "get_preds": getattr(Learner.get_preds, "stock", Learner.get_preds)}
+patch_lean()
+
+
+def stock(learn, what, *args, **kwargs): return STOCK[what](learn, *args, **kwargs)
+
+
+@contextmanager
+def by_fastai():
+    "fastai's own methods, also where one calls another"
+    ours = Learner.get_preds
+    Learner.get_preds = STOCK["get_preds"]
+    try: yield
+    finally: Learner.get_preds = ours
+
+
+def assert_same(got, want, at="answer"):
+    "Equal in type, dtype, shape and every bit"
+    assert type(got) is type(want), (at, type(got), type(want))
+    if isinstance(want, torch.Tensor):
+        assert got.dtype == want.dtype and got.shape == want.shape, (at, got.shape, want.shape)
+        assert torch.equal(got.nan_to_num(), want.nan_to_num()), at
+    elif isinstance(want, (tuple, list, L)):
+        assert len(got) == len(want), at
+        for i, (g, w) in enumerate(zip(got, want)): assert_same(g, w, f"{at}[{i}]")
+    elif isinstance(want, TabularPandas):
+        pd.testing.assert_frame_equal(got.items, want.items, check_exact=True)
+        assert list(got.cat_names) == list(want.cat_names) and got.procs.fs is want.procs.fs
+        assert vars(got).keys() == vars(want).keys()
+    else: assert str(got) == str(want), at
+
+
+@pytest.fixture(scope="module")
+def image(artifacts): return artifacts("eager", "image").open()
+
+
+@pytest.fixture(scope="module")
+def table(artifacts): return artifacts("eager", "table").open()
+
+
+@pytest.fixture(scope="module")
+def files(artifacts): return items_of("image", artifacts.learner("image").path)
+
+
+def compiled(learn, folder, **kwargs):
+    "The learner as its compiled file opens"
+    _quiet_export(learn, folder / "m.pkl", **kwargs)
+    res = load_learner(folder / "m.pkl")
+    return res
+
+
+def _quiet_export(learn, path, **kwargs):
+    with learn.no_bar(): learn.export(path.resolve(), compile="eager", **kwargs)
+
+
+# ---- the same answers
+
+def test_pictures(image, files):
+    assert image.why_not_lean() == ""
+    for f in files[:4]:
+        for kw in ({}, {"with_input": True}):
+            with by_fastai(): want = stock(image, "predict", f, **kw)
+            assert_same(image.predict(f, **kw), want)
+
+
+@pytest.mark.parametrize("rm", [None, 0, 1, (1,)])
+def test_rm_type_tfms(image, files, rm):
+    for item in (files[0], PILImage.create(files[1])):
+        if rm == 0 and not isinstance(item, Path): continue
+        with by_fastai():
+            try: want = stock(image, "predict", item, rm_type_tfms=rm)
+            except Exception: want = None
+        if want is None:
+            with pytest.raises(InvalidInput): image.predict(item, rm_type_tfms=rm)
+        else: assert_same(image.predict(item, rm_type_tfms=rm), want)
+
+
+def test_what_may_be_passed_for_a_picture(image, files):
+    f = files[0]
+    pixels = np.array(PILImage.create(f))
+    with by_fastai(): want = stock(image, "predict", f)
+    chw = pixels.transpose(2, 0, 1)
+    rgba = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    items = [str(f), f.read_bytes(), bytearray(f.read_bytes()), io.BytesIO(f.read_bytes()), f.open("rb"), PILFile.open(f),
+             PILImage.create(f), pixels, chw, np.asfortranarray(pixels), pixels[::-1][::-1], torch.tensor(pixels),
+             torch.tensor(chw), TensorImage(torch.tensor(chw)), torch.tensor(chw).permute(1, 2, 0), rgba, PILFile.fromarray(rgba)]
+    for item in items: assert_same(image.predict(item), want, str(type(item)))
+
+
+@pytest.mark.parametrize("kw", [{}, {"with_input": True}, {"with_decoded": True}, {"with_loss": True}, {"act": noop}, {"reorder": False},
+                                {"with_input": True, "with_decoded": True, "with_loss": True}, {"with_preds": False},
+                                {"with_targs": False}], ids=str)
+@pytest.mark.parametrize("kind", ["image", "table"])
+def test_get_preds(artifacts, kind, kw):
+    learn, items = artifacts("eager", kind).open(), items_of(kind, artifacts.learner(kind).path)
+    for bs in (1, 4):
+        if kind == "image": loader = lambda: learn.dls.test_dl(items, with_labels=True, bs=bs, num_workers=0)
+        else: loader = lambda: learn.dls.test_dl(make_frame(11, seed=5), bs=bs)
+        want, got = stock(learn, "get_preds", dl=loader(), **kw), learn.get_preds(dl=loader(), **kw)
+        assert_same(got, want)
+
+
+def test_get_preds_of_a_shuffled_loader_of_worker_processes_and_of_batches(image, files):
+    for kw in ({"shuffle": True}, {"num_workers": 2}):
+        dl = image.dls.test_dl(files, bs=4, **kw)
+        for reorder in (True, False):
+            if reorder or not dl.shuffle:
+                assert_same(image.get_preds(dl=dl, reorder=reorder), stock(image, "get_preds", dl=dl, reorder=reorder))
+    batches = list(image.dls.test_dl(files, bs=4, num_workers=0))
+    assert_same(image.get_preds(dl=batches), stock(image, "get_preds", dl=batches))
+
+
+def test_rows(table):
+    df = make_frame(40, seed=5)
+    frames = [df, df.drop(columns="label"), df[["height", "kind", "width"]], df.assign(more=1), df.assign(width=1, height=2.5),
+              df[["width", "height"]].assign(kind=0.), df.assign(kind="oak"), df.assign(kind=None),
+              df.astype({"width": "float32", "height": "float32", "kind": "category"})]
+    for frame in frames:
+        for i in range(12):
+            row = frame.iloc[i]
+            with by_fastai(): want = stock(table, "row", row)
+            assert_same(table.predict(row), want, str(row))
+            assert_same(table.predict(dict(row.astype(object))), want)
+    assert all(plan_of(table).rows.coder.known.values()), "every kind of row has been coded as fastai codes it"
+
+
+def test_numbers_of_every_type(table):
+    base = {"kind": "ash", "width": 1., "height": 2.}
+    for v in (3, True, np.float32(.1), np.float64(.1), np.int8(3), np.float16(.1), -0., 1e-40, 1e30, None, np.nan, pd.NA):
+        row = pd.Series({**base, "height": v}, dtype=object)
+        with by_fastai(): want = stock(table, "row", row)
+        assert_same(table.predict(row), want, repr(v))
+
+
+def test_regression_and_a_table_without_categories(tmp_path):
+    df = make_frame().assign(size=lambda d: d.width * 2)
+    for name, kw in {"a": dict(cat_names=["kind"], cont_names=["width"]), "b": dict(cont_names=["width"]),
+                     "c": dict(cat_names=["kind"], cont_names=["height"], procs=[Categorify, FillMissing(add_col=False)])}.items():
+        kw = {"procs": [Categorify, FillMissing, Normalize], "cat_names": [], **kw}
+        dls = TabularDataLoaders.from_df(df, path=tmp_path, y_names="size", valid_idx=list(range(50)), bs=16, **kw)
+        (tmp_path / name).mkdir()
+        learn = compiled(tabular_learner(dls, layers=[8]), tmp_path / name)
+        with learn.no_bar():
+            for i in range(5):
+                with by_fastai(): want = stock(learn, "row", df.iloc[i])
+                assert_same(learn.predict(df.iloc[i]), want)
+
+
+class Half(TabularProc):
+    "A proc of the user"
+    order = 50
+    def encodes(self, to): to.transform(to.cont_names, lambda c: c / 2)
+
+
+def test_a_proc_of_the_user_goes_through_fastai(tmp_path):
+    dls = TabularDataLoaders.from_df(make_frame(), path=tmp_path, y_names="label", y_block=CategoryBlock(), cat_names=["kind"],
+                                     cont_names=["width"], procs=[Categorify, Half], valid_idx=list(range(50)), bs=16)
+    learn = compiled(tabular_learner(dls, layers=[8]), tmp_path)
+    with learn.no_bar():
+        row = make_frame().iloc[0]
+        with by_fastai(): want = stock(learn, "row", row)
+        assert_same(learn.predict(row), want)
+    assert "Half" in plan_of(learn).rows.why
+
+
+# ---- when fastai's way is taken
+
+class Doubles(Callback):
+    def after_pred(self): self.learn.pred = self.pred * 2
+
+
+class OwnLearner(Learner):
+    def _do_one_batch(self):
+        super()._do_one_batch()
+        self.pred = self.pred + 1
+
+
+def _fake_loss(*args, **kwargs): return torch.tensor(0.)
+
+
+def test_why_not_lean_names_the_reason_and_the_answer_is_fastais(artifacts, files):
+    def check(reason, change):
+        learn = artifacts("eager", "image").open()
+        learn.predict(files[0])
+        change(learn)
+        assert reason in learn.why_not_lean(), learn.why_not_lean()
+        with by_fastai(): want = stock(learn, "predict", files[0])
+        assert_same(learn.predict(files[0]), want)
+        dl = learn.dls.test_dl(files, num_workers=0)
+        assert_same(learn.get_preds(dl=dl), stock(learn, "get_preds", dl=dl))
+    check("Doubles", lambda o: o.add_cb(Doubles()))
+    check("loss_func", lambda o: setattr(o, "loss_func", MSELossFlat()))
+    check("dls", lambda o: setattr(o, "dls", artifacts.learner("image").dls))
+    check("OwnLearner has its own `_do_one_batch`", lambda o: setattr(o, "__class__", OwnLearner))
+    check("compiled", lambda o: o.to_eager())
+    check("model", lambda o: setattr(o, "model", artifacts("eager", "image").open().model))
+    assert "compiled" in artifacts.learner("image").why_not_lean()
+
+
+def test_a_temporary_callback_takes_part(image, files):
+    dl = image.dls.test_dl(files, num_workers=0)
+    want = stock(image, "get_preds", dl=dl, cbs=Doubles())
+    assert_same(image.get_preds(dl=dl, cbs=Doubles()), want)
+    assert not torch.equal(want[0], image.get_preds(dl=dl)[0])
+
+
+def test_changed_transforms_make_a_new_plan(artifacts, files):
+    learn = artifacts("eager", "image").open()
+    before = learn.predict(files[0])
+    class Darker(Transform):
+        order = 20
+        def encodes(self, x:TensorImage): return x * .1
+    learn.dls.add_tfms([Darker()], "after_batch")
+    with by_fastai(): want = stock(learn, "predict", files[0])
+    assert_same(learn.predict(files[0]), want)
+    assert not torch.equal(before[2], want[2])
+    learn.dls.valid.after_batch[-1].mean = torch.zeros(1, 3, 1, 1)
+    with by_fastai(): want = stock(learn, "predict", files[0])
+    assert_same(learn.predict(files[0]), want)
+
+
+# ---- threads
+
+def test_many_threads_and_sizes_with_random_resized_crop(tmp_path):
+    for size, folder in (((36, 40), "x"), ((61, 33), "y"), ((40, 90), "z")): make_images(tmp_path / folder, n=8, size=size)
+    files = get_image_files(tmp_path).sorted()
+    dls = ImageDataLoaders.from_path_func(tmp_path, files, parent_label, item_tfms=RandomResizedCrop(32), bs=8, num_workers=0,
+                                          batch_tfms=Normalize.from_stats(*imagenet_stats))
+    learn = compiled(Learner(dls, small_cnn(), loss_func=CrossEntropyLossFlat(), path=tmp_path), tmp_path)
+    learn.remove_cb(ProgressCallback)
+    with by_fastai(): want = {f: stock(learn, "predict", f)[2] for f in files}
+    order = [files[i] for i in np.random.default_rng(0).integers(0, len(files), 600)]
+    gate = threading.Barrier(8)
+    def one(i):
+        if i < 8: gate.wait()
+        return torch.equal(learn.predict(order[i])[2], want[order[i]])
+    with ThreadPoolExecutor(8) as pool: assert all(pool.map(one, range(len(order))))
+
+
+def test_threads_over_a_table(table):
+    df = make_frame(60, seed=7)
+    with by_fastai(): want = [stock(table, "row", df.iloc[i])[2] for i in range(len(df))]
+    ids = np.random.default_rng(0).integers(0, len(df), 400).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda i: torch.equal(table.predict(df.iloc[i])[2], want[i]), ids))
+
+
+# ---- bad input
+
+def _png(arr, mode=None, **kwargs):
+    res = io.BytesIO()
+    im = PILFile.fromarray(arr)
+    (im.convert(mode) if mode else im).save(res, kwargs.pop("format", "PNG"), **kwargs)
+    return res.getvalue()
+
+
+def _bomb():
+    "A PNG of 30,000 x 30,000 pixels in a few bytes"
+    def chunk(kind, data): return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    head = (30_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+BAD_PICTURES = {
+    "truncated": (lambda: _png(PIXELS, format="JPEG")[:1200], "truncated"),
+    "empty bytes": (lambda: b"", "is empty"),
+    "no picture": (lambda: b"hello" * 20, "no picture"),
+    "bomb": (_bomb, "MAX_IMAGE_PIXELS"),
+    "16-bit": (lambda: _png(RNG.integers(0, 60000, (40, 50), dtype=np.uint16)), "16-bit"),
+    "16-bit array": (lambda: RNG.integers(0, 60000, (40, 50), dtype=np.uint16), "uint16"),
+    "float array": (lambda: RNG.random((40, 50, 3)), "float64"),
+    "float tensor": (lambda: torch.rand(3, 40, 50), "float32"),
+    "TensorImage of floats": (lambda: TensorImage(torch.rand(3, 40, 50)), "float32"),
+    "bool array": (lambda: RNG.random((40, 50)) > .5, "bool"),
+    "no pixels": (lambda: np.zeros((0, 50, 3), np.uint8), "none of them 0"),
+    "two channels": (lambda: np.zeros((40, 50, 2), np.uint8), "1, 3 or 4 channels"),
+    "a batch": (lambda: np.zeros((5, 40, 50, 3), np.uint8), "a picture is"),
+    "sparse": (lambda: torch.zeros(40, 50, dtype=torch.uint8).to_sparse(), "layout"),
+    "no file": (lambda: Path("nowhere.png"), "no such file"),
+    "a folder": (lambda: Path("."), "folder"),
+    "empty path": (lambda: "", "no path"),
+    "text file": (lambda: io.StringIO("hello"), "open as text"),
+    "None": (lambda: None, "NoneType"),
+    "a number": (lambda: 3, "int is no input"),
+    "an empty list": (lambda: [], "list is no input"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_bad_pictures_are_refused_by_name(image, name):
+    make, reason = BAD_PICTURES[name]
+    item = make()
+    with pytest.raises(InvalidInput, match=re.escape(reason)) as e: image.predict(item)
+    assert isinstance(e.value, CompileError) and e.value.item and e.value.reason in str(e.value)
+
+
+GOOD_PICTURES = {
+    "CMYK": lambda: _png(PIXELS, "CMYK", format="JPEG"),
+    "palette": lambda: _png(PIXELS, "P"),
+    "palette with transparency": lambda: _png(PIXELS, "P", transparency=0),
+    "gray": lambda: _png(PIXELS, "L"),
+    "1 bit": lambda: _png(PIXELS, "1"),
+    "1x1": lambda: _png(PIXELS[:1, :1]),
+    "thin": lambda: _png(PIXELS[:1]),
+    "animated": lambda: _png(PIXELS, format="GIF", save_all=True, append_images=[PILFile.fromarray(PIXELS // 2)]),
+    "rotated by EXIF": lambda: _png(PIXELS, format="JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    "progressive": lambda: _png(PIXELS, format="JPEG", progressive=True),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_PICTURES)
+def test_unusual_pictures_are_answered_as_fastai_does(image, tmp_path, name):
+    file = tmp_path / "x.img"
+    file.write_bytes(GOOD_PICTURES[name]())
+    with by_fastai(): want = stock(image, "predict", file)
+    assert_same(image.predict(file), want)
+
+
+def test_the_switch_gives_fastais_answer(image, table, tmp_path):
+    deep, row = tmp_path / "deep.png", pd.Series({"kind": "ash", "width": np.inf, "height": 1.}, dtype=object)
+    deep.write_bytes(BAD_PICTURES["16-bit"][0]())
+    with by_fastai(): want = stock(image, "predict", deep), stock(table, "row", row)
+    with stock_input(): got = image.predict(deep), table.predict(row)
+    assert_same(got, want)
+    assert got[1][2].isnan().all()
+
+
+BAD_ROWS = {
+    "missing column": ({"kind": "ash", "width": 1.}, "'height' is missing"),
+    "inf": ({"kind": "ash", "width": np.inf, "height": 1.}, "'width' holds inf"),
+    "too large for float32": ({"kind": "ash", "width": 1e300, "height": 1.}, "'width'"),
+    "huge integer": ({"kind": "ash", "width": 10**400, "height": 1.}, "Overflow"),
+    "text for a number": ({"kind": "ash", "width": "wide", "height": 1.}, "'width' holds 'wide'"),
+    "nothing, never missing in training": ({"kind": "ash", "width": np.nan, "height": 1.}, "'width' lacks a value"),
+    "a list for a category": ({"kind": ["ash"], "width": 1., "height": 1.}, "'kind'"),
+    "a list": ([1, 2], "no row"),
+    "a frame of two": (make_frame(2), "frame of 2 rows"),
+    "an empty frame": (make_frame(2)[:0], "frame of 0 rows"),
+    "a column twice": (pd.Series(["ash", 1., 1., 2.], index=["kind", "width", "width", "height"]), "twice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_are_refused_by_name(table, name):
+    row, reason = BAD_ROWS[name]
+    with pytest.raises(InvalidInput, match=re.escape(reason)): table.predict(row)
+
+
+def test_bad_frames(table):
+    df = make_frame(8, seed=5)
+    df.loc[3, "width"] = np.inf
+    with pytest.raises(InvalidInput, match="row 3.*width"): table.get_preds(dl=table.dls.test_dl(df))
+    with stock_input(): got = table.get_preds(dl=table.dls.test_dl(df))
+    assert_same(got, stock(table, "get_preds", dl=table.dls.test_dl(df)))
+    other = make_frame(8, seed=5).astype({"kind": pd.CategoricalDtype(["cedar", "ash", "beech"])})
+    with pytest.raises(InvalidInput, match="categories"): list(table.predict_many(other))
+
+
+# ---- streams
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("bs", [1, 4, None])
+def test_a_stream_of_pictures(image, files, bs, workers):
+    dl = image.dls.test_dl(files, num_workers=0, **({"bs": bs} if bs else {}))
+    preds, _, dec = stock(image, "get_preds", dl=dl, with_decoded=True)
+    got = list(image.predict_many(iter(files), bs=bs, workers=workers))
+    assert torch.equal(torch.stack([g[2] for g in got]), preds) and torch.equal(torch.stack([g[1] for g in got]), dec)
+    assert [g[0] for g in got] == [image.dls.vocab[i] for i in dec]
+    assert type(got[0][0]) is type(image.predict(files[0])[0])
+
+
+def test_one_bad_item_costs_only_itself(image, table, files):
+    items = [*files[:3], b"no picture", *files[3:6], None]
+    got = list(image.predict_many(items, bs=4, errors="return"))
+    assert [isinstance(g, InvalidInput) for g in got] == [False] * 3 + [True] + [False] * 3 + [True]
+    with pytest.raises(InvalidInput, match="10 bytes"): list(image.predict_many(items, bs=4))
+    rows = [{"kind": "ash", "width": w, "height": 1.} for w in (1., np.inf, "wide", 2.)] + [{}]
+    got = list(table.predict_many(rows, errors="return"))
+    assert [isinstance(g, InvalidInput) for g in got] == [False, True, True, False, True]
+
+
+def test_a_stream_reads_only_as_far_ahead_as_it_needs(image, files):
+    seen = []
+    def endless():
+        while True:
+            seen.append(1)
+            yield files[0]
+    it = iter(image.predict_many(endless(), bs=2, workers=2))
+    for _ in range(6): next(it)
+    it.close()
+    assert len(seen) < 20
+
+
+def test_a_stream_of_rows_is_get_preds(table):
+    df = make_frame(50, seed=5)
+    preds, _, dec = stock(table, "get_preds", dl=table.dls.test_dl(df), with_decoded=True)
+    for items in (df, df.to_dict("records"), [df.iloc[i] for i in range(len(df))]):
+        got = list(table.predict_many(items))
+        assert torch.equal(torch.stack([g[2] for g in got]), preds) and [g[0] for g in got] == [table.dls.vocab[i] for i in dec]
+
+
+def test_a_stream_of_a_learner_that_is_not_compiled(artifacts, files):
+    learn = artifacts.learner("image")
+    want = stock(learn, "get_preds", dl=learn.dls.test_dl(files, num_workers=0))[0]
+    assert torch.equal(torch.stack([g[2] for g in learn.predict_many(files)]), want)
+
+
+def test_nothing_to_predict(image, table):
+    assert list(image.predict_many([])) == list(table.predict_many([])) == list(table.predict_many(make_frame(3)[:0])) == []
+
+
+@pytest.mark.parametrize("kw", [{"errors": "skip"}, {"bs": 0}, {"workers": -1}], ids=str)
+def test_wrong_choices(image, files, kw):
+    with pytest.raises(ConfigError): list(image.predict_many(files, **kw))
+
+
+def test_one_item_is_no_stream(image, files):
+    with pytest.raises(ConfigError, match="learn.predict"): image.predict_many(str(files[0]))
