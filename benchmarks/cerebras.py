@@ -25,7 +25,7 @@ from fastai_compile.config import make_config
 from fastai_compile.example import example_batch
 from fastai_compile.worker_env import worker_info
 from benchmarks.common import RESULTS, child_env, facts, table, where, write
-from benchmarks.families_data import FAMILIES, classifier
+from benchmarks.families_data import build, classifier
 
 OUT = RESULTS / "cerebras.json"
 # name: (architecture, pixels). None: a learner of `families_data`
@@ -41,7 +41,7 @@ MODELS = {
 
 def learner(name, folder):
     arch, size = MODELS[name]
-    return FAMILIES[size](folder) if arch is None else classifier(arch, folder, size)
+    return build(size, folder) if arch is None else classifier(arch, folder, size)
 
 
 @torch.no_grad()
