@@ -1,7 +1,6 @@
 """Cerebras: the lowered graph is calculated, counted and compared; what was planted in it, or lowered wrongly, is found."""
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -41,6 +40,9 @@ def example_of(*xs): return Example(xs, (), (torch.Tensor,) * len(xs), "a test",
 
 
 def captured_of(net, *xs): return capture(net.eval(), example_of(*xs), rewrites=get_backend("cerebras").rewrites)
+
+
+def compiled(net, *xs): return get_backend("cerebras").compile(captured_of(net, *xs), make_config("cerebras"))
 
 
 # ---- a stored graph, which the vendor's software made
@@ -104,7 +106,7 @@ def test_planted_fault_is_found(fault):
 
 
 def test_places_are_taken_out():
-    text = TEXT.replace("\n    %0 =", "\n    %0 =", 1) + '#loc1 = loc("a"("secret/graph.py":3:0))\n'
+    text = TEXT + '#loc1 = loc("a"("secret/graph.py":3:0))\n'
     assert "secret" not in without_places(text) and parse_cirh(without_places(text)).census() == parse_cirh(TEXT).census()
 
 
@@ -137,10 +139,12 @@ def test_wrong_mask_never_leaves_capture(monkeypatch):
 
 
 @pytest.mark.parametrize("layer", [
-    nn.Conv1d(6, 4, 3, groups=2), nn.Conv2d(6, 12, (3, 1), groups=6, stride=2, padding="valid"), nn.Conv3d(4, 4, 2, groups=2, dilation=2),
+    nn.Conv1d(6, 4, 3, groups=2), nn.Conv2d(6, 12, (3, 1), groups=6, stride=2, padding="valid"),
+    nn.Conv3d(4, 4, 2, groups=2, dilation=2),
     nn.AvgPool2d(2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
     nn.AvgPool2d((3, 2), (2, 1), (1, 0), count_include_pad=False), nn.AvgPool2d(2, ceil_mode=True, divisor_override=3),
-    nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.PixelShuffle(2), nn.Hardswish(), nn.Hardsigmoid()],
+    nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.PixelShuffle(2), nn.Hardswish(),
+    nn.Hardsigmoid()],
     ids=lambda m: re.sub(r"\W+", " ", str(m)))
 def test_equal_form(layer):
     size = (2, 12 if isinstance(layer, nn.PixelShuffle) else getattr(layer, "in_channels", 5), 9, 8, 7)
@@ -161,7 +165,8 @@ def test_layers_of_another_forward_stay():
 def test_arithmetic_is_counted():
     xs = torch.randn(2, 8, 6, 6)
     captured = captured_of(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)), xs)
-    assert rewrites.count_macs(captured.eager, [xs]) == 2 * 8 * 9 * 16 and rewrites.count_macs(captured.module, [xs]) == 2 * 64 * 9 * 16
+    assert rewrites.count_macs(captured.eager, [xs]) == 2 * 8 * 9 * 16
+    assert rewrites.count_macs(captured.module, [xs]) == 2 * 64 * 9 * 16
 
 
 # ---- what the machine lacks
@@ -187,17 +192,17 @@ def test_buckets_are_checked():
     captured = captured_of(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3))
     backend = get_backend("cerebras")
     assert backend._buckets(captured, make_config("cerebras", options={"buckets": [8, 1]})) == (1, 8)
-    with pytest.raises(ConfigError, match="max_bs"): backend._buckets(captured, make_config("cerebras", options={"buckets": [1000]}))
-    with pytest.raises(ConfigError, match="buckets"): backend._buckets(captured, make_config("cerebras", options={"bucket": [1]}))
+    for options, says in (({"buckets": [1000]}, "max_bs"), ({"bucket": [1]}, "buckets")):
+        with pytest.raises(ConfigError, match=says): backend._buckets(captured, make_config("cerebras", options=options))
 
 
 # ---- torch.compile
 
 def test_the_articles_lines():
     net = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).eval()
-    compiled = torch.compile(net, backend="cerebras", mode="reduce-overhead")
-    assert unwrap(compiled)[:2] == (net, "cerebras")
-    with pytest.raises(BackendUnavailable, match=f"mgmt_address.*{adapter.ADDRESS}"): compiled(torch.randn(2, 3))
+    wrapped = torch.compile(net, backend="cerebras", mode="reduce-overhead")
+    assert unwrap(wrapped)[:2] == (net, "cerebras")
+    with pytest.raises(BackendUnavailable, match=f"mgmt_address.*{adapter.ADDRESS}"): wrapped(torch.randn(2, 3))
     with torch._dynamo.config.patch(suppress_errors=True), pytest.raises(BackendUnavailable):
         torch.compile(nn.Linear(3, 2), backend="cerebras", options={"buckets": [1]})(torch.randn(2, 3))
 
@@ -236,9 +241,8 @@ class Unfolds(nn.Module):
 
 @worker
 def test_refusal_names_layer_and_line():
-    captured = captured_of(nn.Sequential(nn.ReLU(), Unfolds()), X)
-    with pytest.raises(BackendError, match=r"im2col in 1 \(Unfolds\).*test_cerebras\.py"):
-        get_backend("cerebras").compile(captured, make_config("cerebras"))
+    with pytest.raises(BackendError, match=r"im2col\S* in 1 \(Unfolds\).*test_cerebras\.py"):
+        compiled(nn.Sequential(nn.ReLU(), Unfolds()), X)
 
 
 @worker
@@ -248,12 +252,13 @@ def test_refusal_names_layer_and_line():
 def test_what_the_vendor_lowers_wrongly_is_found(call, says):
     class Calls(nn.Module):
         def forward(self, x): return call(x).flatten(1)
-    with pytest.raises(BackendError, match=says): get_backend("cerebras").compile(captured_of(Calls(), X), make_config("cerebras"))
+    with pytest.raises(BackendError, match=says): compiled(Calls(), X)
 
 
 @worker
 @pytest.mark.parametrize("call, says", [
-    (lambda x: F.max_pool2d(x, 2).flatten(1), "lowered wrongly"), (lambda x: F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2).flatten(1), "Cerebras refuses")],
+    (lambda x: F.max_pool2d(x, 2).flatten(1), "lowered wrongly"),
+    (lambda x: F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2).flatten(1), "Cerebras refuses")],
     ids=["stride", "pixel_shuffle"])
 def test_without_our_forms_it_is_found(call, says, monkeypatch):
     monkeypatch.setattr(checks, "plain_calls", lambda program: {})
@@ -262,7 +267,7 @@ def test_without_our_forms_it_is_found(call, says, monkeypatch):
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3, padding=1)
         def forward(self, x): return call(self.conv(x))
-    with pytest.raises(BackendError, match=says): get_backend("cerebras").compile(captured_of(Calls(), X), make_config("cerebras"))
+    with pytest.raises(BackendError, match=says): compiled(Calls(), X)
 
 
 # ---- a file
@@ -283,4 +288,5 @@ def test_file_for_a_cluster(learn, tmp_path):
     finally: learn.model = old
     assert report.backend == "cerebras" and "not run" in str(report)
     with pytest.raises(BackendUnavailable, match="mgmt_address"): open_learner(path)
-    assert sys.getsizeof(path.read_bytes()) > 1000
+    eager = open_learner(path, on_mismatch="eager")
+    assert torch.equal(eager.model(X.repeat(1, 1, 4, 4)), old(X.repeat(1, 1, 4, 4)))

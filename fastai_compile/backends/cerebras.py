@@ -10,8 +10,8 @@ import json, os, shutil, tempfile, threading, weakref
 from pathlib import Path
 import torch
 from .base import Payload, Placement, Probe, backend_options, register_backend
-from .cerebras_checks import (FP16_TOLERANCE, STACK, check_census, check_lowered, lower_program, refusal_of,
-                                                     worker_script)
+from .cerebras_checks import (FP16_TOLERANCE, STACK, check_census, check_lowered, lower_program,
+                                                     refusal_of, worker_script)
 from .cerebras_rewrites import CEREBRAS_REWRITES, count_macs
 from .cirh import parse_cirh, without_places
 from ..capture import Flat
@@ -30,7 +30,8 @@ def cluster_address()->str|None: # '<host>:<port>'; '' where the vendor's file n
 
 def no_cluster()->tuple: # (what is missing, what to do)
     "What to say where there is none"
-    return (f'no Cerebras cluster is configured: `mgmt_address` is missing (${ADDRESS} is not set and {CLUSTER_FILE} does not exist)',
+    return (f'no Cerebras cluster is configured: `mgmt_address` is missing (${ADDRESS} is not set and {CLUSTER_FILE} does '
+            'not exist)',
             f'on a machine that reaches the cluster: `export {ADDRESS}=<host>:<port>`')
 
 # %% ../../nbs/backends/74_cerebras.ipynb #50be3c7c
@@ -51,7 +52,8 @@ class CerebrasRunner:
         if n in self.sessions: return self.sessions[n]
         folder = self.folder/f'batch{n}'
         folder.mkdir()
-        for name in ('graph.py', 'graph.json'): (folder/name).write_bytes(self.payload.files[f'batch{n}/{name}'].numpy().tobytes())
+        for name in ('graph.py', 'graph.json'):
+            (folder/name).write_bytes(self.payload.files[f'batch{n}/{name}'].numpy().tobytes())
         save_file({k: t.detach().contiguous() for k, t in self.payload.tensors.items()}, folder/'weights.safetensors')
         start = ('start', {'folder': str(folder), 'mgmt_address': self.address or None}, ())
         self.sessions[n] = Session(STACK, Path(worker_script.__file__), start, timeout_s=7200)
@@ -63,6 +65,10 @@ class CerebrasRunner:
 
 # %% ../../nbs/backends/74_cerebras.ipynb #23e47a91
 _TARGET = 'Cerebras WSE'
+
+def _need_worker():
+    if why := why_no_worker(STACK):
+        raise BackendUnavailable(f'cerebras: nothing can be lowered here: {why}. Make it with `{install_command(STACK)}`')
 
 def _bytes(data): return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
@@ -91,7 +97,7 @@ class CerebrasBackend:
         return Probe(True, f'{versions}, cluster {cluster_address() or CLUSTER_FILE}')
 
     def coverage(self, captured, config):
-        if why := why_no_worker(STACK): raise BackendUnavailable(f'the model was not lowered: {why}. Make it with `{install_command(STACK)}`')
+        _need_worker()
         made = lower_program(captured.fixed(self._buckets(captured, config)[0]))
         if made.refused: return Placement(_TARGET, 'lowered', elsewhere=refusal_of(made))
         return Placement(_TARGET, 'lowered', {'CIRH': len(parse_cirh(made.text).operations)})
@@ -104,7 +110,7 @@ class CerebrasBackend:
         return found
 
     def compile(self, captured, config):
-        if why := why_no_worker(STACK): raise BackendUnavailable(f'cerebras: {why}. Make it with `{install_command(STACK)}`')
+        _need_worker()
         address, files, offs, made = cluster_address(), {}, [], None
         for n in (buckets := self._buckets(captured, config)):
             program = captured.fixed(n)
@@ -123,10 +129,12 @@ class CerebrasBackend:
         made = lower_program(program)
         if made.refused:
             told = '; '.join(f'{where}: {why}' for where, why in refusal_of(made).items())
-            raise BackendError(f'Cerebras refuses this model: {told}. Replace that layer, or register a rewrite (`fastai_compile.rewrites.Rewrite`)')
+            raise BackendError(f'Cerebras refuses this model: {told}. Replace that layer, or register a rewrite '
+                               '(`fastai_compile.rewrites.Rewrite`)')
         lowered = parse_cirh(made.text)
         operators = check_census(lowered, made.info)
-        return made, operators, check_lowered(lowered, tensors, _rows(captured, n), Flat(captured.eager, captured.structure), made.info, tolerance)
+        eager = Flat(captured.eager, captured.structure)
+        return made, operators, check_lowered(lowered, tensors, _rows(captured, n), eager, made.info, tolerance)
 
     def _on_cluster(self, captured, n, address):
         "Have the cluster compile it too; written as the vendor documents it, never run here"
@@ -136,15 +144,16 @@ class CerebrasBackend:
     def _choices(self, captured, config, made, offs, buckets):
         plain, done = (count_macs(m, captured.example.xb) for m in (captured.eager, captured.module))
         opts = {**backend_options(config, self.name, None), 'buckets': buckets}
-        return {'options': opts, 'arithmetic': f'{done/max(plain, 1):.1f} times that of the model', 'functions changed': made.calls,
-                **{k: max(o[k] for o in offs) for k in offs[0]}, 'lowered with': made.versions}
+        return {'options': opts, 'arithmetic': f'{done/max(plain, 1):.1f} times that of the model',
+                'functions changed': made.calls, **{k: max(o[k] for o in offs) for k in offs[0]},
+                'lowered with': made.versions}
 
     def load(self, payload, device, threads):
         missing, mend = no_cluster()
         if (address := cluster_address()) is None:
-            raise BackendUnavailable(f'this file was made for Cerebras and runs on its cluster only: {missing}. To configure it, {mend}. '
-                                     "To use the PyTorch model inside instead: `open_learner(path, on_mismatch='eager')`")
-        if why := why_no_worker(STACK): raise BackendUnavailable(f'{why}. Make it with `{install_command(STACK)}`')
+            raise BackendUnavailable(f'this file was made for Cerebras and runs on its cluster only: {missing}. To configure it, '
+                                     f"{mend}. To use the PyTorch model inside: `open_learner(path, on_mismatch='eager')`")
+        _need_worker()
         return CerebrasRunner(payload, address)
 
 register_backend(CerebrasBackend());

@@ -13,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from .cerebras_rewrites import plain_calls
-from .cirh import parse_cirh
 from .cirh_run import run_cirh
 from ..errors import BackendError
 from ..neutral import graph_files
@@ -22,15 +21,16 @@ from ..worker import run_job
 from ..workers import cerebras as worker_script
 
 # %% ../../nbs/backends/73_cerebras_checks.ipynb #6b5e7a88
-_FAMILIES = (
-    ('convolutions', {'conv1d': 1, 'conv2d': 1, 'conv3d': 1, 'convolution': 1, 'conv_transpose1d': 1, 'conv_transpose2d': 1, 'conv_transpose3d': 1},
-     ('Convolution',)),
-    ('batch normalizations', {'batch_norm': 1, '_native_batch_norm_legit_no_training': 1}, ('FusedBatchNorm',)),
-    ('layer normalizations', {'layer_norm': 1, 'native_layer_norm': 1}, ('LayerNorm',)),
-    ('group normalizations', {'group_norm': 1, 'instance_norm': 1, 'native_group_norm': 1}, ('GroupNorm',)),
-    ('matrix products', {'linear': 1, 'matmul': 1, 'bmm': 1, 'mm': 1, 'addmm': 1, 'baddbmm': 1, 'einsum': 1, 'scaled_dot_product_attention': 2},
-     ('MatMul', 'DotGeneral')),
-)
+def _once(*names): return dict.fromkeys(names, 1)
+
+_FAMILIES = ( # What, the operators of PyTorch and how many of the lowered graph's each becomes, those of the lowered graph
+    ('convolutions', _once('conv1d', 'conv2d', 'conv3d', 'convolution', 'conv_transpose1d', 'conv_transpose2d',
+                           'conv_transpose3d'), ('Convolution',)),
+    ('batch normalizations', _once('batch_norm', '_native_batch_norm_legit_no_training'), ('FusedBatchNorm',)),
+    ('layer normalizations', _once('layer_norm', 'native_layer_norm'), ('LayerNorm',)),
+    ('group normalizations', _once('group_norm', 'instance_norm', 'native_group_norm'), ('GroupNorm',)),
+    ('matrix products', {**_once('linear', 'matmul', 'bmm', 'mm', 'addmm', 'baddbmm', 'einsum'),
+                         'scaled_dot_product_attention': 2}, ('MatMul', 'DotGeneral')))
 _MAX_POOLS = ('max_pool1d', 'max_pool2d', 'max_pool3d')
 _MEAN_POOLS = ('avg_pool1d', 'avg_pool2d', 'avg_pool3d')
 
@@ -50,12 +50,13 @@ def check_census(
     lowered, # `Lowered`
     info,    # `graph.json` of the neutral files
 )->dict:     # {operator of the lowered graph: how many}
-    "Raise `BackendError` where operators were lost or added, or where the outputs do not depend on a weight that the export uses"
-    alive = lowered.used()
-    lost = sorted(set(info['used'].values()) - {n.removeprefix(_PREFIX) for n, a in lowered.weights.items() if a.name in alive})
+    "Raise `BackendError` where operators were lost or added, or where the outputs do not depend on a weight of the export"
+    alive, used = lowered.used(), set(info['used'].values())
+    lost = sorted(used - {n.removeprefix(_PREFIX) for n, a in lowered.weights.items() if a.name in alive})
     if lost:
-        raise BackendError(f'the lowered graph does not use {len(lost)} of the {len(set(info["used"].values()))} weights that the model uses: '
-                           f'{", ".join(lost[:5])}{" ..." if len(lost) > 5 else ""}. Part of the model was dropped on the way')
+        names = ', '.join(lost[:5]) + (' ...' if len(lost) > 5 else '')
+        raise BackendError(f'the lowered graph does not use {len(lost)} of the {len(used)} weights that the model uses: {names}. '
+                           'Part of the model was dropped on the way')
     live = [o for o in lowered.operations if alive & set(o.results)]
     found = {}
     for o in live: found[o.name] = found.get(o.name, 0) + 1
@@ -83,20 +84,22 @@ def lost_in_fp16(
 )->float:   # Largest difference
     "What the PyTorch model itself loses when every number is rounded to fp16"
     rounded = {k: t.half().float() if t.is_floating_point() else t for k, t in module.state_dict().items()}
-    with torch.no_grad(), _Rounding(): out = torch.func.functional_call(module, rounded, tuple(x.half().float() if x.is_floating_point() else x for x in xs))
+    xs = tuple(x.half().float() if x.is_floating_point() else x for x in xs)
+    with torch.no_grad(), _Rounding(): out = torch.func.functional_call(module, rounded, xs)
     return max(largest_diff(o, w) for o, w in zip(out, want))
 
-def _compare(lowered, weights, xs, wanted, info, half, tolerance):
-    "(largest difference, largest output), or the sentence that says what is wrong"
-    off, scale = 0., 0.
-    for i, (g, w) in enumerate(zip(run_cirh(lowered, weights, xs, half, info['lines']), wanted, strict=True)):
-        scale = max(scale, largest := w.abs().max().item() if w.is_floating_point() else 0.)
-        off = max(off, d := largest_diff(g, w))
-        limit = (tolerance if half and tolerance else (FP16_TOLERANCE if half else FP32_TOLERANCE)*max(largest, 1e-3)) if largest else 0.
-        if not d <= limit:
-            raise BackendError(f"the lowered graph gives other answers than PyTorch: output {i} is off by {d:.3g} in {'fp16' if half else 'fp32'}, "
-                               f'allowed is {limit:.3g} (largest output {largest:.3g})')
-    return off, scale
+def _compare(got, wanted, share, limit):
+    "(largest difference, largest output, '' or what is wrong)"
+    off = scale = 0.
+    for i, (g, w) in enumerate(zip(got, wanted, strict=True)):
+        largest = w.abs().max().item() if w.is_floating_point() else 0.
+        allowed = (limit or share*max(largest, 1e-3)) if w.is_floating_point() else 0.
+        d = largest_diff(g, w)
+        off, scale = max(off, d), max(scale, largest)
+        if not d <= allowed:
+            return off, scale, (f'the lowered graph gives other answers than PyTorch: output {i} is off by {d:.3g}, '
+                                f'allowed is {allowed:.3g} (largest output {largest:.3g})')
+    return off, scale, ''
 
 def check_lowered(
     lowered, # `Lowered`
@@ -107,18 +110,17 @@ def check_lowered(
     tolerance=None, # Largest absolute difference in fp16; None: the gate's
 )->dict:     # Largest differences in fp32 and fp16, largest output
     "Calculate the lowered graph in fp32 and rounded to fp16. Raises `BackendError` where either differs from PyTorch"
-    weights, res = {_PREFIX+n: t for n, t in weights.items()}, {'off in fp32': 0., 'off in fp16': 0., 'largest output': 0.}
+    weights, offs, scale = {_PREFIX+n: t for n, t in weights.items()}, {False: 0., True: 0.}, 0.
     for xs in rows:
         with torch.no_grad(): want = module(*xs)
-        for half in (False, True):
-            try: off, scale = _compare(lowered, weights, xs, want, info, half, tolerance)
-            except BackendError as e:
-                if not half or 'other answers' not in str(e): raise BackendError(f"{e}: the vendor's lowering of this model is wrong") from None
-                raise BackendError(f'{e}. The PyTorch model itself loses {lost_in_fp16(module, xs, want):.3g} when it is rounded to fp16, which is '
-                                   'what the device holds; `tolerance=` allows more') from None
-            key = 'off in fp16' if half else 'off in fp32'
-            res[key], res['largest output'] = max(res[key], off), max(res['largest output'], scale)
-    return res
+        for half, share, limit in ((False, FP32_TOLERANCE, None), (True, FP16_TOLERANCE, tolerance)):
+            off, largest, wrong = _compare(run_cirh(lowered, weights, xs, half, info['lines']), want, share, limit)
+            offs[half], scale = max(offs[half], off), max(scale, largest)
+            if wrong and not half: raise BackendError(f"{wrong} in fp32: the vendor's lowering of this model is wrong")
+            if wrong:
+                raise BackendError(f'{wrong} when every number is rounded to fp16, which is what the device holds. The PyTorch '
+                                   f'model itself loses {lost_in_fp16(module, xs, want):.3g}; `tolerance=` allows more')
+    return {'off in fp32': offs[False], 'off in fp16': offs[True], 'largest output': scale}
 
 # %% ../../nbs/backends/73_cerebras_checks.ipynb #910b8e06
 STACK = 'cerebras' # A path here names another interpreter
@@ -149,7 +151,8 @@ def lower_program(
     info = json.loads(files['graph.json'])
     done = run_job(STACK, Path(worker_script.__file__), job or {'how': 'lower'}, files, timeout_s=timeout_s)
     refused = tuple(_placed(r, info) for r in done.result['refused'])
-    return Attempt(files, info, done.files.get('cirh.mlir', b'').decode(), refused, calls, done.result['versions'], done.seconds)
+    text = done.files.get('cirh.mlir', b'').decode()
+    return Attempt(files, info, text, refused, calls, done.result['versions'], done.seconds)
 
 def refusal_of(
     attempt, # `Attempt` that was refused

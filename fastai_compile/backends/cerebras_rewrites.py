@@ -7,7 +7,7 @@ __all__ = ['aten', 'CEREBRAS_REWRITES', 'block_mask', 'DenseConv', 'FullPool', '
            'HardSigmoid', 'HardSwish', 'plain_calls', 'count_macs']
 
 # %% ../../nbs/backends/70_cerebras_rewrites.ipynb #cbdd1e9d
-import itertools, math
+import math
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -52,7 +52,7 @@ register_rewrite(Rewrite('cerebras_dense_conv', _grouped, DenseConv, always=Fals
 def _windows(size, k, stride, pad, ceil_mode):
     "How many windows there are along one dimension, and how much padding they need at the end"
     n = (size + 2*pad - k + (stride-1 if ceil_mode else 0))//stride + 1
-    if ceil_mode and (n-1)*stride >= size + pad: n -= 1 # PyTorch: the last window starts inside the map or its left padding
+    if ceil_mode and (n-1)*stride >= size + pad: n -= 1 # PyTorch: the last window starts inside the map or the paddin
     return n, max(0, (n-1)*stride + k - size - pad)
 
 def _counts(size, k, stride, pad, n, include_pad):
@@ -92,15 +92,17 @@ class FullMaxPool(nn.Module):
         pool, # `nn.MaxPool2d`
     ):
         super().__init__()
-        self.k, self.stride, self.pad, self.dilation = (_tuple(v, 2) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+        sizes = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+        self.k, self.stride, self.pad, self.dilation = (_tuple(v, 2) for v in sizes)
     def forward(self, x):
         dims = zip(x.shape[-2:], self.k, self.stride, self.pad, self.dilation)
         ends = [_windows(size, d*(k-1)+1, stride, pad, True)[1] for size, k, stride, pad, d in dims]
         x = F.pad(x, (self.pad[1], ends[1], self.pad[0], ends[0]), value=-math.inf)
         return F.max_pool2d(x, self.k, self.stride, 0, self.dilation)
 
-register_rewrite(Rewrite('cerebras_full_max_pool', lambda m: type(m) is nn.MaxPool2d and m.ceil_mode and not m.return_indices, FullMaxPool,
-                         always=False));
+def _ceils(m): return type(m) is nn.MaxPool2d and m.ceil_mode and not m.return_indices
+
+register_rewrite(Rewrite('cerebras_full_max_pool', _ceils, FullMaxPool, always=False));
 
 # %% ../../nbs/backends/70_cerebras_rewrites.ipynb #c8c4897a
 def pixel_shuffle(
@@ -131,8 +133,8 @@ class HardSwish(nn.Module):
     "`nn.Hardswish` by way of `relu6`"
     def forward(self, x): return x*(F.relu6(x+3)/6)
 
-register_rewrite(Rewrite('cerebras_hardsigmoid', lambda m: type(m) is nn.Hardsigmoid, lambda m: HardSigmoid(), always=False))
-register_rewrite(Rewrite('cerebras_hardswish', lambda m: type(m) is nn.Hardswish, lambda m: HardSwish(), always=False));
+register_rewrite(Rewrite('cerebras_hardsigmoid', lambda m: type(m) is nn.Hardsigmoid, lambda m: HardSigmoid(), False))
+register_rewrite(Rewrite('cerebras_hardswish', lambda m: type(m) is nn.Hardswish, lambda m: HardSwish(), False));
 
 # %% ../../nbs/backends/70_cerebras_rewrites.ipynb #195da454
 _POOLS = {'avg_pool1d', 'avg_pool2d', 'avg_pool3d', 'max_pool1d', 'max_pool2d', 'max_pool3d'}
@@ -145,7 +147,8 @@ def _shuffled(call, x, r):
     y = call(aten.reshape.default, x, [n, c//r**2, r, r, h, w])
     return call(aten.reshape.default, call(aten.permute.default, y, [0, 1, 4, 2, 5, 3]), [n, c//r**2, h*r, w*r])
 
-_FORMS = {'hardsigmoid': _hardsigmoid, 'hardsigmoid_': _hardsigmoid, 'hardswish': _hardswish, 'hardswish_': _hardswish, 'pixel_shuffle': _shuffled}
+_FORMS = {'hardsigmoid': _hardsigmoid, 'hardsigmoid_': _hardsigmoid, 'hardswish': _hardswish, 'hardswish_': _hardswish,
+          'pixel_shuffle': _shuffled}
 
 def _replace(graph, node, form):
     made = []
@@ -156,8 +159,8 @@ def _replace(graph, node, form):
     for n in made: n.meta.update({k: v for k, v in node.meta.items() if k != 'val'})
     new.meta['val'] = node.meta['val']
     if node.target._schema.is_mutable: # what reads the changed tensor later reads the new one
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        for user in [u for u in node.args[0].users if order[u] > order[node]]: user.replace_input_with(node.args[0], new)
+        x, order = node.args[0], {n: i for i, n in enumerate(graph.nodes)}
+        for user in [u for u in x.users if order[u] > order[node]]: user.replace_input_with(x, new)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 

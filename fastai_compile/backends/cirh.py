@@ -13,7 +13,8 @@ from ..errors import BackendError
 
 # %% ../../nbs/backends/71_cirh.ipynb #5801c0b0
 DTYPES = {'f32': torch.float32, 'f16': torch.float16, 'bf16': torch.bfloat16, 'f64': torch.float64, 'i64': torch.int64,
-          'si64': torch.int64, 'i32': torch.int32, 'si32': torch.int32, 'i16': torch.int16, 'i8': torch.int8, 'ui8': torch.uint8, 'i1': torch.bool}
+          'si64': torch.int64, 'i32': torch.int32, 'si32': torch.int32, 'i16': torch.int16, 'i8': torch.int8,
+          'ui8': torch.uint8, 'i1': torch.bool}
 
 @dataclass(frozen=True)
 class Type:
@@ -47,7 +48,10 @@ class Lowered:
     outputs:tuple    # Positions of the model's own outputs among `returns`, in their order
 
     @property
-    def weights(self): return {a.attributes['tf.resource_name']: a for a in self.arguments if 'tf.resource_name' in a.attributes}
+    def weights(self):
+        "{name in the lowered graph: `Argument`}"
+        key = 'tf.resource_name'
+        return {a.attributes[key]: a for a in self.arguments if key in a.attributes}
     @property
     def inputs(self):
         named = [a for a in self.arguments if 'cs.input_name' in a.attributes]
@@ -70,7 +74,8 @@ _NUMBER = re.compile(r'-?(?:0x[0-9A-Fa-f]+|\d+(?:\.\d+(?:[eE][-+]?\d+)?)?)')
 
 def _type(text):
     m = _TYPE.match(text)
-    if not m or m[2] not in DTYPES: raise BackendError(f'the lowered graph holds a type that is not known here: {text[:60]}')
+    if not m or m[2] not in DTYPES:
+        raise BackendError(f'the lowered graph holds a type that is not known here: {text[:60]}')
     return Type(tuple(int(d) for d in m[1].split('x') if d), DTYPES[m[2]])
 
 def _types(text): return tuple(_type(m[0]) for m in _TYPE.finditer(text))
@@ -153,7 +158,8 @@ def _operation(text, line):
     attributes, signature = _attributes(rest[at+1:end]) if at >= 0 else {}, rest[end+1:]
     if op.startswith('cirh.'): op = op[5:]
     names, types = _names(names), _types(signature.partition(' -> ')[2] or signature)
-    if len(types) != len(names): raise BackendError(f'cirh.{op} has {len(names)} results and {len(types)} types: {text[:120]}')
+    if len(types) != len(names):
+        raise BackendError(f'cirh.{op} has {len(names)} results and {len(types)} types: {text[:120]}')
     return Operation(names, op, operands, attributes, types, line)
 
 def _function(text):
@@ -164,7 +170,8 @@ def _function(text):
     for a in _split(re.sub(r' loc\([^)]*\)', '', text[at+1:end])):
         name, rest = a.split(': ', 1)
         group = rest.find('{')
-        arguments.append(Argument(name, _type(rest), _attributes(rest[group+1:_balanced(rest, group)]) if group >= 0 else {}))
+        attributes = _attributes(rest[group+1:_balanced(rest, group)]) if group >= 0 else {}
+        arguments.append(Argument(name, _type(rest), attributes))
     start = text.index('(', end+1)
     results = _split(text[start+1:_balanced(text, start)])
     named = [(re.search(r'cs.output_name = "output_(?:\d+_)*(\d+)"', r), i) for i, r in enumerate(results)]
@@ -174,7 +181,8 @@ def parse_cirh(
     text, # The content of `cirh.mlir`
 )->Lowered:
     "A lowered graph. Raises `BackendError` for what cannot be read"
-    if '@graph(' not in text: raise BackendError('the lowered graph is empty: the vendor\'s program failed without an error')
+    if '@graph(' not in text:
+        raise BackendError('the lowered graph is empty: the vendor\'s program failed without an error')
     places = {m[1]: int(m[2]) for m in re.finditer(r'^#(loc\d+) = .*?"[^"]*graph\.py":(\d+):', text, re.M)}
     lines, operations, returns = text.splitlines(), [], ()
     header = next(i for i, l in enumerate(lines) if '@graph(' in l)

@@ -20,22 +20,25 @@ def _pairs(padding, n):
     if len(p) == n: p = [v for d in p for v in (d, d)]
     return [v for i in reversed(range(n)) for v in p[2*i:2*i+2]]
 
-def _convolution(to, x, w, *, stride, padding, dilation, groups, data_format, conv_pass_direction='FWD', transposed=False):
+def _convolution(to, x, w, *, stride, padding, dilation, groups, data_format, conv_pass_direction='FWD',
+                 transposed=False):
     if data_format[:2] != 'NC' or conv_pass_direction != 'FWD': raise TypeError(f'{data_format} {conv_pass_direction}')
     n = w.ndim-2
     stride, dilation, pads = _ints(stride), _ints(dilation), _pairs(padding, n)
     if transposed: # its output size is not determined by its attributes alone: the declared one decides
         if pads[::2] != pads[1::2]: raise TypeError(f'a transposed convolution with padding {pads}')
-        least = [(i-1)*s - 2*p + d*(k-1) + 1 for i, s, p, d, k in zip(x.shape[2:], stride, pads[::-2], dilation, w.shape[2:])]
-        more = [o-m for o, m in zip(to.shape[2:], least)]
-        return {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n](x, w, None, stride, pads[::-2], more, groups, dilation)
+        sizes = zip(to.shape[2:], x.shape[2:], stride, pads[::-2], dilation, w.shape[2:])
+        more = [o - ((i-1)*s - 2*p + d*(k-1) + 1) for o, i, s, p, d, k in sizes]
+        fn = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n]
+        return fn(x, w, None, stride, pads[::-2], more, groups, dilation)
     return {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[n](F.pad(x, pads), w, None, stride, 0, dilation, groups)
 
 def _pool(to, x, same, *, ksize, strides, padding, dilation, pool_type, data_format):
     if x is not same or data_format[:2] != 'NC': raise TypeError(f'two operands, or {data_format}')
     n, k, s, d = x.ndim-2, _ints(ksize)[2:], _ints(strides)[2:], _ints(dilation)[2:]
     kind, low = (F.max_pool3d, -math.inf) if pool_type == 'MAX' else (F.avg_pool3d, 0.)
-    if pool_type not in ('MAX', 'AVERAGE') or (pool_type == 'AVERAGE' and set(d) != {1}): raise TypeError(f'{pool_type} {d}')
+    if pool_type not in ('MAX', 'AVERAGE') or (pool_type == 'AVERAGE' and set(d) != {1}):
+        raise TypeError(f'{pool_type} {d}')
     pads, lead = _pairs(padding, n+2)[:2*n], 3-n
     x = F.pad(x, pads, value=low).reshape(*x.shape[:2], *[1]*lead, *F.pad(x[:1, :1], pads).shape[2:])
     args = ([1]*lead+k, [1]*lead+s, 0) + (([1]*lead+d,) if pool_type == 'MAX' else ())
@@ -53,7 +56,8 @@ def _broadcast(to, x, *, broadcast_dimensions):
     shape = [x.shape[dims.index(i)] if i in dims else 1 for i in range(len(to.shape))]
     return x.reshape(shape).expand(to.shape)
 
-def _dot(to, a, b, *, lhs_batching_dimensions, rhs_batching_dimensions, lhs_contracting_dimensions, rhs_contracting_dimensions):
+def _dot(to, a, b, *, lhs_batching_dimensions, rhs_batching_dimensions, lhs_contracting_dimensions,
+         rhs_contracting_dimensions):
     ab, bb = _ints(lhs_batching_dimensions), _ints(rhs_batching_dimensions)
     ac, bc = _ints(lhs_contracting_dimensions), _ints(rhs_contracting_dimensions)
     free = iter(range(len(ab)+len(ac), 52))
@@ -70,7 +74,8 @@ def _batch_norm(to, x, w, b, mean, var, *, epsilon, is_training, data_format, ex
     if is_training or data_format[:2] != 'NC': raise TypeError(f'is_training={is_training} {data_format}')
     return F.batch_norm(x, mean, var, w, b, False, 0., epsilon), mean, var
 
-def _layer_norm(to, x, b, w, *, epsilon): return F.layer_norm(x, w.shape, w, b, epsilon) # the shift comes before the scale
+def _layer_norm(to, x, b, w, *, epsilon): # the shift comes before the scale
+    return F.layer_norm(x, w.shape, w, b, epsilon)
 
 def _group_norm(to, x, w, b, *, epsilon, num_groups, affine, data_format):
     if data_format[:2] != 'NC': raise TypeError(data_format)
@@ -88,7 +93,8 @@ def _strided(to, x, start, end, step, **masks):
 
 def _pad(to, x, *, constant_values, edge_padding_low, edge_padding_high, interior_padding, padding_mode):
     low, high, value = _ints(edge_padding_low), _ints(edge_padding_high), set(_ints(constant_values))
-    if padding_mode != 'CONSTANT' or any(_ints(interior_padding)) or len(value) != 1: raise TypeError(f'{padding_mode} {value}')
+    if padding_mode != 'CONSTANT' or any(_ints(interior_padding)) or len(value) != 1:
+        raise TypeError(f'{padding_mode} {value}')
     return F.pad(x, [v for l, h in reversed(list(zip(low, high))) for v in (l, h)], value=value.pop())
 
 def _gather(to, x, index, *, axis, batch_dims, is_sparse=False):
@@ -118,18 +124,21 @@ def _clamp(to, x, low, high): return x.clamp(low, high)
 def _plain(fn): return lambda to, *xs: fn(*xs)
 
 # %% ../../nbs/backends/72_cirh_run.ipynb #601fc397
-OPERATORS = {'Convolution': _convolution, 'Pool': _pool, 'Reduce': _reduce, 'BroadcastInDim': _broadcast, 'DotGeneral': _dot, 'MatMul': _matmul,
-    'FusedBatchNorm': _batch_norm, 'LayerNorm': _layer_norm, 'GroupNorm': _group_norm, 'BiasAdd': _bias, 'Slice': _slice,
-    'StridedSlice': _strided, 'pad': _pad, 'Gather': _gather, 'Compare': _compare, 'Div': _divide, 'Arange': _arange, 'TopK': _topk, 'CumSum': _cumsum,
-    'Split': _split, 'Concat': _concat, 'Gelu': _gelu, 'L2Norm': _norm, 'Softplus': _softplus, 'Cast': _cast, 'Clamp': _clamp,
+_UNARY = {'Relu': torch.relu, 'Sigmoid': torch.sigmoid, 'Tanh': torch.tanh, 'Erf': torch.erf, 'Exp': torch.exp, 'Log': torch.log,
+          'Sqrt': torch.sqrt, 'Rsqrt': torch.rsqrt, 'Reciprocal': torch.reciprocal, 'Abs': torch.abs, 'Sin': torch.sin,
+          'Cos': torch.cos, 'Floor': torch.floor, 'Ceil': torch.ceil, 'Not': torch.logical_not}
+_MORE = {'Add': torch.add, 'Sub': torch.sub, 'Mul': torch.mul, 'Pow': torch.pow, 'And': torch.logical_and, 'Or': torch.logical_or,
+         'Select': torch.where}
+
+OPERATORS = {
+    'Convolution': _convolution, 'Pool': _pool, 'Reduce': _reduce, 'BroadcastInDim': _broadcast, 'DotGeneral': _dot,
+    'MatMul': _matmul, 'FusedBatchNorm': _batch_norm, 'LayerNorm': _layer_norm, 'GroupNorm': _group_norm, 'BiasAdd': _bias,
+    'Slice': _slice, 'StridedSlice': _strided, 'pad': _pad, 'Gather': _gather, 'Compare': _compare, 'Div': _divide,
+    'Arange': _arange, 'TopK': _topk, 'CumSum': _cumsum, 'Split': _split, 'Concat': _concat, 'Gelu': _gelu, 'L2Norm': _norm,
+    'Softplus': _softplus, 'Cast': _cast, 'Clamp': _clamp,
     'Reshape': lambda to, x: x.reshape(to.shape), 'Transpose': lambda to, x, order: x.permute(_ints(order)),
     'Softmax': lambda to, x, *, axis: x.softmax(axis), 'Elu': lambda to, x, *, alpha: F.elu(x, alpha),
-    'LeakyRelu': lambda to, x, *, alpha: F.leaky_relu(x, alpha), 'Select': _plain(torch.where), 'Relu': _plain(torch.relu),
-    'Sigmoid': _plain(torch.sigmoid), 'Tanh': _plain(torch.tanh), 'Erf': _plain(torch.erf), 'Exp': _plain(torch.exp),
-    'Log': _plain(torch.log), 'Sqrt': _plain(torch.sqrt), 'Rsqrt': _plain(torch.rsqrt), 'Reciprocal': _plain(torch.reciprocal),
-    'Abs': _plain(torch.abs), 'Sin': _plain(torch.sin), 'Cos': _plain(torch.cos), 'Floor': _plain(torch.floor), 'Ceil': _plain(torch.ceil),
-    'Add': _plain(torch.add), 'Sub': _plain(torch.sub), 'Mul': _plain(torch.mul), 'Pow': _plain(torch.pow), 'Not': _plain(torch.logical_not),
-    'And': _plain(torch.logical_and), 'Or': _plain(torch.logical_or)}
+    'LeakyRelu': lambda to, x, *, alpha: F.leaky_relu(x, alpha), **{k: _plain(fn) for k, fn in {**_UNARY, **_MORE}.items()}}
 
 # %% ../../nbs/backends/72_cirh_run.ipynb #2f0deee5
 def _rounded(t, half): return t.half().float() if half and t.dtype is torch.float32 else t
@@ -150,16 +159,18 @@ def _where(o, lines):
 def _apply(o, values, lines):
     if o.name == 'Const': return (o.attributes['value'],)
     if o.name not in OPERATORS:
-        raise BackendError(f'the lowered graph holds cirh.{o.name}{_where(o, lines)}, which cannot be calculated here, so nothing would check its answers')
+        raise BackendError(f'the lowered graph holds cirh.{o.name}{_where(o, lines)}, which cannot be calculated here, '
+                           'so nothing would check its answers')
     attributes = {k: v for k, v in o.attributes.items() if not k.startswith('cs.')}
     try: out = OPERATORS[o.name](o.types[0], *[values[n] for n in o.operands], **attributes)
     except (TypeError, KeyError, ValueError, RuntimeError, IndexError) as e:
-        raise BackendError(f'cirh.{o.name}{_where(o, lines)} cannot be calculated as it was lowered: {type(e).__name__}: {str(e)[:300]}') from e
+        raise BackendError(f'cirh.{o.name}{_where(o, lines)} cannot be calculated as it was lowered: '
+                           f'{type(e).__name__}: {str(e)[:300]}') from e
     out = out if isinstance(out, tuple) else (out,)
     for y, want in zip(out, o.types, strict=True):
         if tuple(y.shape) != want.shape or y.dtype != want.dtype:
-            raise BackendError(f'cirh.{o.name}{_where(o, lines)} was lowered wrongly: its own attributes give {list(y.shape)} {y.dtype}, '
-                               f'it says {list(want.shape)} {want.dtype}')
+            raise BackendError(f'cirh.{o.name}{_where(o, lines)} was lowered wrongly: its own attributes give '
+                               f'{list(y.shape)} {y.dtype}, it says {list(want.shape)} {want.dtype}')
     return out
 
 def run_cirh(
@@ -169,7 +180,7 @@ def run_cirh(
     half=False, # True: round every number to fp16 between operators
     lines=(),   # `lines` of graph.json, to name the layer where something is wrong
 )->list:     # The model's outputs, in their order; fp32 where they are fractions
-    "Calculate a lowered graph. Raises `BackendError` for an operator that is unknown, or whose result is not what it declares"
+    "Calculate a lowered graph. Raises `BackendError` for an unknown operator, or a result that is not what it declares"
     values = {}
     for x, a in zip(xs, lowered.inputs, strict=True): values[a.name] = x.to(a.type.dtype)
     for name, a in lowered.weights.items():
@@ -177,7 +188,8 @@ def run_cirh(
         values[a.name] = weights[name].detach().to(a.type.dtype)
     for n, v in values.items():
         a = next(a for a in lowered.arguments if a.name == n)
-        if tuple(v.shape) != a.type.shape: raise BackendError(f'{a.attributes} has shape {list(v.shape)}, lowered was {list(a.type.shape)}')
+        if tuple(v.shape) != a.type.shape:
+            raise BackendError(f'{a.attributes} has shape {list(v.shape)}, lowered was {list(a.type.shape)}')
         values[n] = _rounded(v, half)
     with torch.no_grad():
         for o, gone in zip(lowered.operations, _last_uses(lowered)):

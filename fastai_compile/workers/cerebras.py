@@ -103,7 +103,8 @@ def lower(
     found, refused = _written(out, 'cirh.mlir'), _refusals(out, error)
     if len(found) == 1 and not refused:
         with open(found[0]) as f: return {'cirh': f.read(), 'refused': []}
-    return {'cirh': '', 'refused': refused or [{'message': 'the lowering program failed and did not say why', 'line': 0}]}
+    silent = {'message': 'the lowering program failed and did not say why', 'line': 0}
+    return {'cirh': '', 'refused': refused or [silent]}
 
 def _versions():
     from importlib.metadata import version
@@ -116,7 +117,8 @@ def main(
     "One job: reads `job.json` and the neutral files, writes `result.json` and `out/cirh.mlir`"
     with open(os.path.join(folder, 'job.json')) as f: job = json.load(f)
     start, logs = time.time(), os.path.join(folder, 'logs')
-    how = {'validate_only': True} if job['how'] == 'lower' else {'compile_only': True, 'cluster_config': _cluster(job['mgmt_address'])}
+    how = {'validate_only': True}
+    if job['how'] == 'compile': how = {'compile_only': True, 'cluster_config': _cluster(job['mgmt_address'])}
     done = lower(folder, logs, **how)
     if done['cirh']:
         with open(os.path.join(folder, 'out', 'cirh.mlir'), 'w') as f: f.write(done.pop('cirh'))
@@ -158,4 +160,5 @@ def predict(
     return {}, [(str(y.dtype)[6:], list(y.shape), y.numpy().tobytes()) for y in ys]
 
 # %% ../../nbs/workers/20_cerebras.ipynb #704ec90e
-if __name__ == '__main__' and len(sys.argv) == 2 and os.path.isfile(os.path.join(sys.argv[1], 'job.json')): main(sys.argv[1])
+if __name__ == '__main__' and len(sys.argv) == 2 and os.path.isfile(os.path.join(sys.argv[1], 'job.json')):
+    main(sys.argv[1])
