@@ -1,5 +1,6 @@
 """Targets whose hardware is absent: a reason, a command, an error, nothing written; and what can be tested without it."""
 import re
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Tracer
 
-from fastai_compile import BackendUnavailable, ConfigError, FallbackError
-from fastai_compile.backends import providers as _providers  # noqa: F401 - registers its targets
-from fastai_compile.backends.base import check_placement, get_backend
-from fastai_compile.backends.cuda import PRECISIONS, CudaBackend, Sized, no_gpu, not_on, recast, settings, sizes_up_to
+from fastai_compile import BackendError, BackendUnavailable, ConfigError, FallbackError
+from fastai_compile.backends.base import Placement, check_placement, get_backend
+from fastai_compile.backends.cuda import PRECISIONS, CudaBackend, Sized, no_gpu, on_cpu, recast, settings, sizes_up_to
 from fastai_compile.backends.neuron import NeuronBackend, NeuronxBackend, buckets, product
 from fastai_compile.backends.tensorrt import TensorRTBackend, _placement, census, ranges
 from fastai_compile.capture import TensorSpec, capture
@@ -18,7 +18,7 @@ from fastai_compile.config import make_config
 from fastai_compile.example import Example
 from helpers import assert_close
 
-TARGETS = ["inductor:cuda", "tensorrt", "neuron", "neuronx", "onnxruntime:cuda", "onnxruntime:coreml"]
+TARGETS = ["inductor:cuda", "tensorrt", "neuron", "neuronx", "onnxruntime:cuda"]
 GPU = CudaBackend().probe("cpu")
 needs_gpu = pytest.mark.skipif(not GPU.usable, reason=f"inductor:cuda: {GPU.reason}. {GPU.mend}")
 
@@ -88,8 +88,22 @@ def test_integers_are_not_cast():
 def test_moving_leaves_the_captured_program_where_it_is(cnn):
     from torch.export.passes import move_to_device_pass
     moved = move_to_device_pass(recast(cnn, "fp32"), "meta")
-    assert not not_on(moved, "meta") and not not_on(cnn.program, "cpu")
-    assert all(" on meta" in where for where in not_on(moved, "cuda").values()) and not_on(moved, "cuda")
+    assert {t.device.type for t in moved.state_dict.values()} == {"meta"}
+    assert {t.device.type for t in cnn.program.state_dict.values()} == {"cpu"}
+
+
+def test_what_the_generated_code_runs_on_the_cpu_is_named(tmp_path):
+    "The notebook of the adapter reads code of the real compiler; this is its shape"
+    def package(name, source):
+        with zipfile.ZipFile(tmp_path / name, "w") as z: z.writestr("m/data/aotinductor/model/x.wrapper.cpp", source)
+        return tmp_path / name
+    kernels = 'extern "C" void cpp_fused_0(const float* in);\n    call_triton_poi_fused_add_0(a, b, stream);\n'
+    assert on_cpu(package("gpu.pt2", kernels + "    aoti_torch_cuda_convolution(x, w);\n")) == {}
+    found = on_cpu(package("mixed.pt2", kernels + "    cpp_fused_0(p);\n    CHECK(aoti_torch_cpu_cumsum(x, 1));\n    cpp_fused_0(q);\n"))
+    assert found == {"cpp_fused_0": "2 on the CPU", "aoti_torch_cpu_cumsum": "1 on the CPU"}
+    with pytest.raises(FallbackError, match="did not land on inductor on CUDA"):
+        check_placement(Placement("inductor on CUDA", "executed", {"CUDA": 3}, found))
+    with pytest.raises(BackendError, match="no source"): on_cpu(package("bare.pt2", ""))
 
 
 def test_batches_go_to_the_next_size():
@@ -221,3 +235,25 @@ def test_sizes_that_vary_are_refused_before_anything_else(cnn):
     words = SimpleNamespace(inputs=(TensorSpec("x0", torch.int64, (None, None), True, ((1, 2, 9),)),), max_bs=4)
     for b in (NeuronBackend(), NeuronxBackend()):
         with pytest.raises(CaptureError, match="x0"): b.compile(words, make_config(b.name))
+
+
+# ---- prepared for a machine that has it
+
+def test_an_onnx_file_can_be_prepared_for_a_provider(artifacts, tmp_path):
+    _probe("onnxruntime:cuda")
+    from fastai_compile import HostMismatch, inspect_artifact, open_learner
+    learn, path = artifacts.learner("table"), tmp_path / "cuda.pkl"
+    report = learn.export(path, compile="onnxruntime:cuda", level="lowered")
+    assert "lowered" in repr(report)
+    assert "deferred" in repr(inspect_artifact(path))
+    with pytest.raises((HostMismatch, BackendUnavailable), match="onnxruntime-gpu"):
+        learn2 = open_learner(path)
+        learn2.model(*artifacts.learner("table").dls.valid.one_batch()[:2])
+    assert open_learner(path, on_mismatch="eager").model is not None
+
+
+@pytest.mark.parametrize("name", ["inductor:cuda", "tensorrt", "neuron"])
+def test_what_cannot_be_prepared_says_so(name, artifacts, tmp_path):
+    _probe(name)
+    with pytest.raises(BackendUnavailable): artifacts.learner("table").export(tmp_path / "x.pkl", compile=name, level="lowered")
+    assert not list(tmp_path.iterdir())
