@@ -4,15 +4,18 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 NB ?=
+# Test processes side by side; JOBS=0: one, in this process
+JOBS ?= 2
 
 # beside other load, OpenMP threads that spin stall each other; on an idle machine sleeping ones are slow to wake
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test soak docs save export lint clean
+.PHONY: help demo test test-workers soak docs save export lint clean
 
 help:
 	@echo 'make demo     run the example from a trained Learner to a compiled file and back'
 	@echo 'make test     run every test and every notebook'
+	@echo 'make test-workers  install the workers (16 GB, some minutes), test them, write benchmarks/results/workers.json'
 	@echo 'make soak     run the long test'
 	@echo 'make export   write the package from the notebooks'
 	@echo 'make save     run the notebooks and store their outputs (NB="nbs/x.ipynb" for some of them)'
@@ -36,7 +39,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo '==> running the tests'
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup
+
+test-workers: $(STAMP)
+	@echo '==> installing the workers and testing them'
+	$(BIN)/python benchmarks/workers.py
 
 soak: $(STAMP)
 	@echo '==> running tests/soak.py'

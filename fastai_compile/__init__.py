@@ -3,7 +3,10 @@ __version__ = "0.1.0"
 
 from fastai_compile.artifact import inspect_artifact
 from fastai_compile import text as _text  # noqa: F401 - registers its rewrite
-from fastai_compile.backends import inductor as _inductor, onnxruntime as _onnxruntime  # noqa: F401 - register themselves
+from fastai_compile.backends import (  # noqa: F401 - register themselves
+    cerebras as _cerebras, cerebras_dynamo as _cerebras_dynamo, coreml as _coreml, cuda as _cuda, executorch as _executorch,
+    inductor as _inductor, neuron as _neuron, onnx_file as _onnx_file, onnxruntime as _onnxruntime, openvino as _openvino,
+    providers as _providers, tensorrt as _tensorrt, xla as _xla)
 from fastai_compile import explain as _explain  # noqa: F401 - gives `Learner` its `explain`
 from fastai_compile.backends.base import available_backends, register_backend
 from fastai_compile.breaks import find_breaks

@@ -207,8 +207,8 @@ def available_backends(
 )->Table:
     "A table of every backend: usable here or not, why, and the command that mends it"
     rows = Table()
-    for name, b in backends().items():
-        p = b.probe(device)
+    probed = [(name, b.cost, b.probe(device)) for name, b in backends().items()]
+    for name, _, p in sorted(probed, key=lambda o: (not o[2].usable, o[1])):
         rows.append({'backend': name, 'usable': 'yes' if p.usable else 'no', 'as far as': p.reaches or 'not at all',
                      'reason': p.reason, 'to mend it': p.mend})
     for name, why in _broken.items():
