@@ -1520,6 +1520,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fastai_compile.predict._is_plain': ('predict.html#_is_plain', 'fastai_compile/predict.py'),
                                         'fastai_compile.predict._look': ('predict.html#_look', 'fastai_compile/predict.py'),
                                         'fastai_compile.predict._overridden': ('predict.html#_overridden', 'fastai_compile/predict.py'),
+                                        'fastai_compile.predict._target': ('predict.html#_target', 'fastai_compile/predict.py'),
                                         'fastai_compile.predict._why_dls': ('predict.html#_why_dls', 'fastai_compile/predict.py'),
                                         'fastai_compile.predict._why_learner': ('predict.html#_why_learner', 'fastai_compile/predict.py'),
                                         'fastai_compile.predict.batch_of': ('predict.html#batch_of', 'fastai_compile/predict.py'),

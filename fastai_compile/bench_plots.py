@@ -40,6 +40,7 @@ def plot_latency(
             if r.bs == size and len(r.times_ms) > 1: _tail(ax, r)
         ax.set(xscale='log', xlabel='ms a call, end to end', ylabel='share of quicker calls', title=f'batch {size}')
         ax.set_yticks([_nines(t) for t in ticks], [f'{t:.1%}'.replace('.0%', '%') for t in ticks])
+        if ax.lines: ax.set_ylim(0, 1.05*max(_nines(.99), *(l.get_ydata()[-1] for l in ax.lines)))
         _plain_ticks(ax.xaxis)
         _finish(ax)
     plt.close(fig)

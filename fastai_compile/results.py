@@ -72,9 +72,10 @@ def omp_note(
     env, # As `environment` gave it
 )->str:
     "What the policy of idle OpenMP threads means for this run"
-    if (env['omp_wait_policy'] or '').upper() == 'PASSIVE': return 'idle OpenMP threads sleep (OMP_WAIT_POLICY=PASSIVE)'
+    if (env['omp_wait_policy'] or '').upper() == 'PASSIVE': return (
+        'idle OpenMP threads sleep (OMP_WAIT_POLICY=PASSIVE): steady beside other load; small models feel the waking')
     return (f"OMP_WAIT_POLICY is {env['omp_wait_policy'] or 'not set'}: idle threads spin and may take the CPUs of "
-            'whoever runs next. Set it to PASSIVE before Python starts; `fastai-compile bench` does')
+            'whoever runs next. With PASSIVE, set before Python starts, they sleep; `fastai-compile bench` does so')
 
 # %% ../nbs/24_results.ipynb #a525a711
 @dataclass

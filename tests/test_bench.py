@@ -198,7 +198,8 @@ def test_images_without_items(image_folder):
 
 @pytest.mark.parametrize("choice, said", [
     (dict(bs=0), "bs="), (dict(bs=()), "bs="), (dict(budget_s=0), "budget_s="),
-    (dict(hourly_price=-1), "hourly_price="), (dict(cold=-1), "cold="), (dict(scenario="sever"), "Did you mean 'server'"), (dict(targets="copi"), "no backend"),
+    (dict(hourly_price=-1), "hourly_price="), (dict(cold=-1), "cold="),
+    (dict(scenario="sever"), "Did you mean 'server'"), (dict(targets="copi"), "no backend"),
     (dict(targets=[1]), "targets="), (dict(verify="off"), "verify="), (dict(max_batch=3), "no choice")])
 def test_a_mistake_stops_the_run(table, rows, choice, said):
     usual = {"targets": [], "budget_s": 1, "cold": 0}
