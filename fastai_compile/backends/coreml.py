@@ -46,9 +46,10 @@ def _refused(program):
     def known(target):
         kind = target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, '__name__', str(target))
         return sanitize_op_kind(kind) in _TORCH_OPS_REGISTRY
-    ops = {n.target for n in program.graph.nodes if n.op == 'call_function'}
+    ops = sorted({n.target for n in program.graph.nodes if n.op == 'call_function'}, key=str)
+    with _silent(): lost = [op for op in ops if not known(op)]
     def name(op): return str(op) if isinstance(op, torch._ops.OpOverload) else getattr(op, '__name__', str(op))
-    return {name(op): 'no rule in coremltools' for op in sorted(ops, key=str) if not known(op)}
+    return {name(op): 'no rule in coremltools' for op in lost}
 
 def _aten(captured):
     with torch.no_grad(), quiet(): return captured.program.run_decompositions({})

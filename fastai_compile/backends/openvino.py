@@ -227,8 +227,8 @@ class OpenVinoBackend:
         settings = {'INFERENCE_PRECISION_HINT': 'f32', 'PERFORMANCE_HINT': 'LATENCY'}
         if self.device == 'CPU': settings |= {'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1}
         settings |= payload.choices['options'].get('properties', {})
-        data = _joined(payload)
         try:
+            data = _joined(payload)
             xml = payload.files['model.xml'].numpy().tobytes()
             model = core.read_model(xml, _openvino().Tensor(data, shared_memory=True))
             compiled = {n: self._compiled(core, model, settings, n) for n in payload.buckets or (None,)}

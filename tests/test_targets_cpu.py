@@ -1,0 +1,407 @@
+"""OpenVINO, ExecuTorch, a plain ONNX file, Core ML: what each does wrong in silence, provoked with the real package."""
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from fastai.vision.all import nn
+
+from fastai_compile import BackendError, BackendUnavailable, ConfigError, FallbackError, VerificationError
+from fastai_compile.backends import coreml, executorch, onnx_file, openvino
+from fastai_compile.backends.base import check_placement, get_backend
+from fastai_compile.backends.nan import keep_nan, nan_rows
+from fastai_compile.capture import capture
+from fastai_compile.config import make_config
+from fastai_compile.example import Example
+from helpers import assert_close, eager_of, fresh, items_of
+
+RUN = ["openvino", "executorch"]
+ALL = [*RUN, "openvino:gpu", "openvino:npu", "onnx", "coreml"]
+
+
+def backend_of(name, level="compiled"):
+    "The adapter, or a skip with the reason of its probe"
+    b = get_backend(name)
+    p = b.probe("cpu")
+    if not p.usable and (level == "executed" or not p.level): pytest.skip(f"{name}: {p.reason} ({p.mend})")
+    return b
+
+
+def captured_of(model, *xs, max_bs=20):
+    torch.manual_seed(0)
+    return capture(model.eval(), Example(xs, (), (torch.Tensor,) * len(xs), "a test", [0, 1]), max_bs)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
+@pytest.fixture(scope="module")
+def net(): return captured_of(small_net(), torch.randn(2, 3, 16, 16))
+
+
+_made = {}
+
+
+def payload_of(name, cap):
+    if name not in _made: _made[name] = backend_of(name).compile(cap, make_config(name))
+    return _made[name]
+
+
+class Svd(nn.Module):
+    def forward(self, x): return torch.linalg.svdvals(x)
+
+
+class Two(nn.Module):
+    "Whole numbers and fp32 in; a view of an input, a number of the batch and whole numbers out"
+    def forward(self, a, x): return x[:, :2], (x * 2).relu(), a + 1
+
+
+# ---- probes
+
+def test_probing_loads_nothing():
+    code = """
+import sys, time
+from fastai_compile.backends import coreml, executorch, onnx_file, openvino
+from fastai_compile.backends.base import get_backend
+start = time.perf_counter()
+probes = [get_backend(n).probe('cpu') for n in {names}]
+heavy = [m for m in ('openvino', 'executorch', 'coremltools', 'onnx', 'onnxruntime') if m in sys.modules]
+answer([heavy, [[p.usable, p.reason, p.mend, p.level] for p in probes]])
+"""
+    heavy, probes = fresh(code.format(names=ALL))
+    assert not heavy
+    for usable, reason, mend, level in probes:
+        assert reason and (usable or mend) and level in ("", "lowered", "compiled")
+        assert not (usable and level)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_missing_package_is_named(name, monkeypatch):
+    import importlib.util
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *args: None)
+    p = get_backend(name).probe("cpu")
+    assert not p.usable and not p.level and "not installed" in p.reason and "pip install" in p.mend
+
+
+# ---- numbers
+
+@pytest.mark.parametrize("name", RUN)
+def test_every_batch_agrees_with_eager(name, net):
+    run = backend_of(name, "executed").load(payload_of(name, net), "cpu", 2)
+    assert run.placement.level == "executed" and not run.placement.elsewhere
+    for n in (1, 2, 3, 15, 16, 20):
+        x = torch.randn(n, 3, 16, 16)
+        with torch.no_grad(): assert_close(run([x])[0], net.module(x)[0])
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_types_views_and_several_outputs(name):
+    b, cap = backend_of(name, "executed"), captured_of(Two(), torch.ones(2, 3, dtype=torch.int64), torch.randn(2, 4))
+    run = b.load(b.compile(cap, make_config(name, allow_fallback=())), "cpu", 1)
+    a, x = torch.arange(9).reshape(3, 3), torch.randn(3, 4)
+    kept = x.clone()
+    outs = run([a, x])
+    for got, want in zip(outs, cap.module(a, x), strict=True): assert got.dtype == want.dtype and torch.equal(got, want)
+    for o in outs: o.add_(7)
+    assert torch.equal(x, kept) and torch.equal(run([a, x])[2], a + 1), "an output shares memory with an input or a later call"
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_many_threads(name, net):
+    run, wrong = backend_of(name, "executed").load(payload_of(name, net), "cpu", 1), []
+    def work(seed):
+        x = torch.randn(1 + seed % 5, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad(): want = net.module(x)[0]
+        for _ in range(10):
+            if not torch.allclose(run([x])[0], want, atol=1e-5): wrong.append(seed)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join(60)
+    assert not wrong and not any(t.is_alive() for t in threads)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_nan_stays_one_and_an_infinity_passes(name, net):
+    run = backend_of(name, "executed").load(payload_of(name, net), "cpu", 1)
+    x = torch.randn(4, 3, 16, 16)
+    x[2, 0, 3, 3] = float("nan")
+    got = run([x])[0]
+    assert got[2].isnan().all() and not got[[0, 1, 3]].isnan().any()
+
+
+def test_nan_rows():
+    a, b = torch.zeros(3, 2), torch.tensor([[1], [2], [3]])
+    assert nan_rows([a, b]) is None
+    a[0, 0], a[1, 1] = float("inf"), -float("inf")
+    assert nan_rows([a, b]) is None
+    a[1, 0] = float("nan")
+    assert nan_rows([a, b]).tolist() == [False, True, False]
+    rows, whole, ints = keep_nan([a, b], [torch.zeros(3, 1), torch.zeros(()), torch.zeros(3, dtype=torch.int64)])
+    assert rows.isnan().flatten().tolist() == [False, True, False] and whole.isnan() and not ints.any()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_two_models_with_other_thread_counts(name, net):
+    "ExecuTorch's pool belongs to the process: replacing it under a loaded method ends the process, unless it is loaded again"
+    b, payload, x = backend_of(name, "executed"), payload_of(name, net), torch.randn(5, 3, 16, 16)
+    with torch.no_grad(): want = net.module(x)[0]
+    one, two = b.load(payload, "cpu", 1), b.load(payload, "cpu", 2)
+    for run in (one, two, one, one, two): assert_close(run([x])[0], want)
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("name", [n for n in ALL if not n.endswith("pu")])
+def test_a_refused_operator_is_named_before_compiling(name):
+    b, cap = backend_of(name), captured_of(Svd(), torch.randn(2, 3, 3), max_bs=4)
+    placement = b.coverage(cap, make_config(name))
+    assert any("svd" in op for op in placement.elsewhere) and placement.level == "lowered"
+    with pytest.raises(BackendError, match="svd"): b.compile(cap, make_config(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_unknown_option_is_refused(name, net):
+    with pytest.raises(ConfigError, match="no option 'speed'"):
+        backend_of(name).compile(net, make_config(name, options={"speed": 1}))
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_damaged_payload_is_a_typed_error(name, net):
+    b, payload = backend_of(name, "executed"), payload_of(name, net)
+    for k, t in payload.files.items():
+        broken = dict(payload.files)
+        broken[k] = t[:t.numel() // 2]
+        with pytest.raises(BackendError): b.load(type(payload)(name, broken, payload.tensors, placement=payload.placement,
+                                                               choices=payload.choices), "cpu", 1)
+
+
+# ---- OpenVINO
+
+def test_openvino_auto_falls_back_in_silence_and_we_do_not(net):
+    b = backend_of("openvino", "executed")
+    payload = payload_of("openvino", net)
+    core = openvino._openvino().Core()
+    constants = openvino._openvino().Tensor(openvino._joined(payload))
+    model = core.read_model(payload.files["model.xml"].numpy().tobytes(), constants)
+    missing = [d for d in ("GPU", "NPU") if d not in [o.split(".")[0] for o in core.available_devices]]
+    if not missing: pytest.skip("this machine has every device of OpenVINO")
+    silent = core.compile_model(model, "AUTO")
+    assert silent.get_property("EXECUTION_DEVICES") == ["CPU"]
+    for device in missing:
+        with pytest.raises(FallbackError, match=f"asked for {device} and chose"): openvino._landed(silent, device)
+        gpu = get_backend(f"openvino:{device.lower()}")
+        assert not gpu.probe("cpu").usable and gpu.probe("cpu").level == "lowered"
+        prepared = gpu.compile(net, make_config(gpu.name))
+        assert prepared.placement.level == "lowered"
+        with pytest.raises(BackendUnavailable, match=f"no {device}"): gpu.load(prepared, "cpu", 1)
+    assert b.load(payload, "cpu", 1).placement.target == "openvino on CPU"
+
+
+def test_openvino_refuses_another_precision(net):
+    b = backend_of("openvino", "executed")
+    low = b.compile(net, make_config("openvino", options={"properties": {"INFERENCE_PRECISION_HINT": "bf16"}}))
+    with pytest.raises(FallbackError, match="bf16"): b.load(low, "cpu", 1)
+    assert not b.load(payload_of("openvino", net), "cpu", 1).placement.elsewhere
+
+
+def test_openvino_holds_weights_once(net):
+    payload = payload_of("openvino", net)
+    own = {t.data_ptr() for t in net.eager.state_dict().values()}
+    assert payload.tensors and {t.data_ptr() for t in payload.tensors.values()} <= own
+    shared = sum(t.nbytes for t in payload.tensors.values())
+    whole = openvino._joined(payload)
+    assert len(whole) == payload.files["model.bin"].numel() + shared
+
+
+def test_openvino_takes_text_through_onnx():
+    backend_of("openvino", "executed")
+    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+    from fastai.text.models.core import get_text_classifier
+    config = {**awd_lstm_clas_config, "emb_sz": 12, "n_hid": 16, "n_layers": 2}
+    torch.manual_seed(0)
+    model, x = get_text_classifier(AWD_LSTM, 40, 2, config=config), torch.randint(2, 40, (2, 20))
+    x[1, :7] = 1
+    cap, b = captured_of(model, x, max_bs=4), get_backend("openvino")
+    payload = b.compile(cap, make_config("openvino"))
+    assert payload.choices["converted from"] == "ONNX" and "mkldnn_rnn_layer" in payload.choices["why ONNX"]
+    run = b.load(payload, "cpu", 1)
+    for n in (1, 2, 4):
+        xs = x.repeat(2, 1)[:n]
+        with torch.no_grad(): assert_close(run([xs])[0], cap.module(xs)[0])
+
+
+def test_openvino_is_imported_without_its_telemetry(tmp_path):
+    backend_of("openvino")
+    code = """
+from fastai_compile.backends import openvino
+ours = openvino._openvino()
+import sys
+from pathlib import Path
+answer(['openvino_telemetry' in sys.modules, (Path.home()/'intel').exists(), hasattr(ours, 'Core')])
+"""
+    assert fresh(code, env={"HOME": str(tmp_path)}) == [False, False, True]
+
+
+# ---- ExecuTorch
+
+class MadeKernel(nn.Module):
+    "A convolution whose weights depend on the input"
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 2)
+    def forward(self, x):
+        kernel = x.mean((0, 2, 3))[None, :, None, None].expand(8, -1, 3, 3)
+        return self.head(nn.functional.conv2d(x, kernel).mean((2, 3)))
+
+
+class NothingToDelegate(nn.Module):
+    def forward(self, x): return x.cumsum(1)
+
+
+def test_executorch_runs_slow_kernels_in_silence_and_we_do_not():
+    b, cap = backend_of("executorch", "executed"), captured_of(MadeKernel(), torch.randn(2, 3, 8, 8), max_bs=4)
+    run = b.load(b.compile(cap, make_config("executorch")), "cpu", 1)
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad(): assert_close(run([x])[0], cap.module(x)[0])
+    assert run.placement.operators["XNNPACK"] and "convolution" in run.placement.elsewhere
+    with pytest.raises(FallbackError, match="convolution"): check_placement(run.placement)
+    check_placement(run.placement, ("convolution",))
+
+
+def test_executorch_with_nothing_for_xnnpack_is_a_fallback():
+    b, cap = backend_of("executorch", "executed"), captured_of(NothingToDelegate(), torch.randn(2, 3), max_bs=4)
+    placement = b.coverage(cap, make_config("executorch"))
+    assert placement.operators["XNNPACK"] == 0 and "cumsum" in placement.elsewhere
+
+
+def test_executorch_alone_stops_at_15_rows():
+    "The range that its lowering of a batch norm loses, with the real package: put back by us"
+    b, net = backend_of("executorch", "executed"), captured_of(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), torch.randn(2, 3))
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    with torch.no_grad(): edge = to_edge_transform_and_lower(net.program, partitioner=[XnnpackPartitioner()])
+    size = executorch._batch_of(edge.exported_program())
+    upper = size.node.shape_env.var_to_range[size.node.expr].upper
+    if upper == net.max_bs: pytest.skip("this executorch keeps the range")
+    assert upper < net.max_bs
+    run, x = b.load(b.compile(net, make_config("executorch")), "cpu", 1), torch.randn(net.max_bs, 3)
+    with torch.no_grad(): assert_close(run([x])[0], net.module(x)[0])
+
+
+def test_executorch_refuses_more_rows_than_planned(net):
+    run = backend_of("executorch", "executed").load(payload_of("executorch", net), "cpu", 1)
+    with pytest.raises(BackendError, match="21"): run([torch.randn(21, 3, 16, 16)])
+
+
+# ---- the plain ONNX file
+
+def test_onnx_file_describes_itself(net):
+    payload = payload_of("onnx", net)
+    import onnx
+    described = get_backend("onnx").describe(payload, {"task": "classification", "vocabulary": ["a", "b"]})
+    proto = onnx.load_from_string(described.files["model.onnx"].numpy().tobytes())
+    onnx.checker.check_model(proto, full_check=True)
+    props = {p.key: p.value for p in proto.metadata_props}
+    assert json.loads(props["vocabulary"]) == ["a", "b"] and json.loads(props["batch"]) == [1, 20]
+    assert list(json.loads(props["inputs"]).values()) == [{"dtype": "float32", "shape": ["batch", 3, 16, 16]}]
+    assert not any(i.external_data for i in proto.graph.initializer), "the weights belong inside"
+    text = described.files["model.onnx"].numpy().tobytes()
+    assert str(Path(__file__).parent.parent).encode() not in text, "a path of this machine is in the file"
+
+
+def test_onnx_file_with_wrong_numbers_is_refused(net):
+    import onnx
+    from onnx import numpy_helper
+    data = payload_of("onnx", net).files["model.onnx"].numpy().tobytes()
+    assert onnx_file.check_file(data, net, None) < 1e-5
+    proto = onnx.load_from_string(data)
+    weight = next(i for i in proto.graph.initializer if len(i.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + 0.5, weight.name))
+    with pytest.raises(VerificationError, match="off by"): onnx_file.check_file(proto.SerializeToString(), net, None)
+
+
+def test_onnx_file_above_the_limit_is_refused(net, monkeypatch):
+    monkeypatch.setattr(onnx_file, "_LIMIT", 1000)
+    with pytest.raises(BackendError, match="onnxruntime"): backend_of("onnx").compile(net, make_config("onnx"))
+
+
+def test_onnx_file_is_not_run_by_us(net):
+    payload = payload_of("onnx", net)
+    with pytest.raises(BackendUnavailable, match="compile='onnxruntime'"): get_backend("onnx").load(payload, "cpu", 1)
+
+
+def test_onnx_export_writes_one_plain_file(artifacts, tmp_path):
+    import onnxruntime as ort
+    backend_of("onnx")
+    learn = artifacts.learner("table")
+    learn.export(tmp_path / "model.onnx", compile="onnx", level="compiled")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    xs = [x.as_subclass(torch.Tensor).contiguous() for x in learn.dls.valid.one_batch()[:2]]
+    got = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), xs)})[0]
+    with torch.no_grad(): assert_close(torch.from_numpy(got), eager_of(learn)(*xs))
+    with pytest.raises(ConfigError, match=r"\.onnx"): learn.export(tmp_path / "model.pkl", compile="onnx", level="compiled")
+
+
+# ---- Core ML
+
+def test_coreml_converts_with_its_batch_range_in_fp32(net):
+    payload = payload_of("coreml", net)
+    about = coreml._spec({k: t.numpy().tobytes() for k, t in payload.files.items()}).description
+    image = about.input[0].type.multiArrayType
+    assert payload.placement.level == "compiled" and image.dataType == image.FLOAT32
+    assert [(r.lowerBound, r.upperBound) for r in image.shapeRange.sizeRanges] == [(1, 20), (3, 3), (16, 16), (16, 16)]
+    weights = next(t for k, t in payload.files.items() if k.endswith("weight.bin")).numpy().tobytes()
+    assert dict(net.eager.named_parameters())["7.weight"].detach().numpy().tobytes() in weights
+
+
+def test_coreml_opens_on_a_mac_only(net):
+    if sys.platform == "darwin": pytest.skip("this is a Mac")
+    payload = payload_of("coreml", net)
+    with pytest.raises(BackendUnavailable, match="macOS only"): get_backend("coreml").load(payload, "cpu", 1)
+
+
+def test_coreml_options_are_checked(net):
+    for bad in ({"compute_units": "GPU"}, {"minimum_deployment_target": "macOS1"}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            backend_of("coreml").compile(net, make_config("coreml", options=bad))
+
+
+def test_coreml_export_writes_a_package(artifacts, tmp_path):
+    backend_of("coreml")
+    artifacts.learner("table").export(tmp_path / "model.mlpackage", compile="coreml", level="compiled")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.mlpackage"]
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert "model.mlpackage/Manifest.json" in found and not any("debug" in n for n in found)
+
+
+# ---- real files
+
+OPEN = """
+from fastai_compile.backends import {module}
+from fastai.vision.all import *
+from fastai.tabular.all import *
+learn = load_learner({path!r})
+learn.remove_cb(ProgressCallback)
+items = pd.read_pickle({items!r})
+preds = learn.get_preds(dl=learn.dls.test_dl(items, num_workers=0))[0]
+answer([preds.tolist(), str(learn.model.placement), len(learn.predict(items.iloc[0] if hasattr(items, 'iloc') else items[0]))])
+"""
+
+
+@pytest.mark.parametrize("name,kind", [("openvino", "image"), ("executorch", "table")])
+def test_a_file_opens_in_a_fresh_process(name, kind, artifacts, tmp_path):
+    backend_of(name, "executed")
+    made = artifacts(name, kind)
+    items = items_of(kind, made.learn.path)
+    pd.to_pickle(items, tmp_path / "items")
+    preds, placement, n = fresh(OPEN.format(module=name, path=str(made.path), items=str(tmp_path / "items")))
+    with made.learn.no_bar(): want = made.learn.get_preds(dl=made.learn.dls.test_dl(items, num_workers=0))[0]
+    assert torch.allclose(torch.tensor(preds), want.as_subclass(torch.Tensor), atol=1e-5) and n == 3
+    assert placement.startswith(f"{name} ") and "executed" in placement
