@@ -1,4 +1,5 @@
 """Workers: what a child in another interpreter may do wrong, and that nothing of it is left running."""
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from fastai_compile.neutral import graph_files, run_graph
 from fastai_compile.worker import Session, main, run_job
 from fastai_compile.worker_env import (Stack, find_python, install_command, install_worker, list_workers, remove_worker, stacks,
                                        why_no_worker, worker_python)
+from helpers import items_of
 
 HERE = Path(sys.executable)
 
@@ -249,7 +251,7 @@ def cache(tmp_path, monkeypatch):
     "An empty cache, and a stack that needs no download"
     import platform
     monkeypatch.setenv("FASTAI_COMPILE_CACHE", str(tmp_path / "cache"))
-    here = "%d.%d" % sys.version_info[:2]
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
     tiny = Stack((here,), ("pip",), "import pip", ("pip",), 0.1, ((platform.system(), platform.machine()),))
     monkeypatch.setitem(stacks, "tiny", tiny)
     return tmp_path / "cache" / "workers" / "tiny"
@@ -295,7 +297,7 @@ def test_a_half_environment_is_made_anew(cache, quick):
 
 def test_other_versions_are_made_anew(cache, quick, monkeypatch):
     install_worker("tiny", str)
-    monkeypatch.setitem(stacks, "tiny", Stack(stacks["tiny"].pythons, ("pip>1",), "import pip", ("pip",), 0.1, stacks["tiny"].systems))
+    monkeypatch.setitem(stacks, "tiny", dataclasses.replace(stacks["tiny"], requirements=("pip>1",)))
     assert "other versions" in why_no_worker("tiny")
     install_worker("tiny", str)
     assert not why_no_worker("tiny")
@@ -312,8 +314,9 @@ def test_an_interrupted_installation_leaves_nothing(cache, monkeypatch, error):
 
 
 def test_a_failing_installation_shows_pips_last_lines(cache, monkeypatch):
-    monkeypatch.setitem(stacks, "tiny", Stack(stacks["tiny"].pythons, ("./no such folder",), "", (), 0.1, stacks["tiny"].systems))
-    with pytest.raises(BackendUnavailable, match="installing the tiny worker failed(?s:.*)no such folder"): install_worker("tiny", str)
+    monkeypatch.setitem(stacks, "tiny", dataclasses.replace(stacks["tiny"], requirements=("./no such folder",)))
+    with pytest.raises(BackendUnavailable, match="installing the tiny worker failed(?s:.*)no such folder"):
+        install_worker("tiny", str)
     assert not cache.exists()
 
 
@@ -457,16 +460,15 @@ def test_xla_own_silent_fallback_is_named():
     captured = captured_of(torch.nn.Sequential(torch.nn.Flatten(), LogFactorial()).eval(), torch.randn(2, 3))
     with pytest.raises(FallbackError, match=r"aten::lgamma.*layer 1 \(LogFactorial\).*test_worker.py"):
         compiled_by("xla", captured, allow_fallback=("aten::lgamma",))
-    assert "aten::lgamma" in get_backend("xla").coverage(captured, CompileConfig(backends="xla")).elsewhere
 
 
 @pytest.mark.workers
 @needs("xla")
 def test_a_learner_through_xla(artifacts):
     art = artifacts("xla", "table")
-    learn = art.open()
+    learn, items = art.open(), items_of("table", None)
     with art.learn.no_bar(), learn.no_bar():
-        want, got = art.learn.get_preds()[0], learn.get_preds()[0]
+        want, got = [l.get_preds(dl=l.dls.test_dl(items))[0] for l in (art.learn, learn)]
     assert (got - want).abs().max() < 1e-5 and learn.model.placement.level == "executed"
 
 
@@ -478,7 +480,7 @@ def test_a_learner_for_a_tpu(artifacts, tmp_path):
     learn, path = artifacts.learner("table"), tmp_path / "t.pkl"
     with pytest.raises(BackendUnavailable, match="no TPU on this machine"): learn.export(path, compile="tpu")
     assert not path.exists()
-    report = learn.export(path, compile="tpu", level="compiled", max_bs=1)
+    report = learn.export(path, compile="tpu", level="compiled", max_bs=4)
     assert "compiled" in str(report) and path.exists()
     from fastai_compile import inspect_artifact
     assert "deferred" in str(inspect_artifact(path))
