@@ -99,7 +99,8 @@ def test_what_the_generated_code_runs_on_the_cpu_is_named(tmp_path):
         return tmp_path / name
     kernels = 'extern "C" void cpp_fused_0(const float* in);\n    call_triton_poi_fused_add_0(a, b, stream);\n'
     assert on_cpu(package("gpu.pt2", kernels + "    aoti_torch_cuda_convolution(x, w);\n")) == {}
-    found = on_cpu(package("mixed.pt2", kernels + "    cpp_fused_0(p);\n    CHECK(aoti_torch_cpu_cumsum(x, 1));\n    cpp_fused_0(q);\n"))
+    left = "    cpp_fused_0(p);\n    CHECK(aoti_torch_cpu_cumsum(x, 1));\n    cpp_fused_0(q);\n"
+    found = on_cpu(package("mixed.pt2", kernels + left))
     assert found == {"cpp_fused_0": "2 on the CPU", "aoti_torch_cpu_cumsum": "1 on the CPU"}
     with pytest.raises(FallbackError, match="did not land on inductor on CUDA"):
         check_placement(Placement("inductor on CUDA", "executed", {"CUDA": 3}, found))

@@ -1,5 +1,7 @@
 """ONNX Runtime's other providers: the silent ways to the CPU with the real package, and ours raising."""
 import dataclasses
+import importlib.util
+import platform
 import re
 import warnings
 
@@ -196,3 +198,18 @@ def test_openvino_runs_everything_or_nothing(cnn):
     x = torch.randn(3, 4)
     assert_close(allowed([x])[0], Det()(x))
     check_placement(allowed.placement, ["Det"])
+
+
+QNN = importlib.util.find_spec("onnxruntime_qnn")
+
+
+@pytest.mark.skipif(QNN is None, reason="onnxruntime_qnn is missing: pip install onnxruntime-qnn")
+def test_a_plugin_without_its_device_takes_nothing(payload):
+    if get_backend("onnxruntime:qnn").probe("cpu").usable: pytest.skip("this may be a machine that it is for")
+    with pytest.raises(FallbackError, match="Conv: 1 on CPUExecutionProvider"):
+        get_backend("onnxruntime:qnn").load(payload, "cpu", 1)
+
+
+def test_a_plugin_needs_its_processor():
+    if platform.machine() in PROVIDERS["qnn"].machines: pytest.skip(f"QNN is for {platform.machine()}")
+    assert f"this is {platform.machine()}, not aarch64" in get_backend("onnxruntime:qnn").probe("cpu").reason

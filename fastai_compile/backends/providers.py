@@ -28,6 +28,7 @@ class Provider:
     cost:int      # Rank by compile cost
     systems:tuple = ('Linux', 'Windows') # Where the package exists
     files:tuple = ()  # One of these must exist on Linux; () where nothing can be looked up
+    machines:tuple = () # Processors that it is for; () for any
     options:dict = field(default_factory=dict) # Provider options; `{threads}` is filled in
     plugin:str = ''   # A module whose `get_library_path()` must be registered first
     note:str = ''     # What else is needed
@@ -53,7 +54,7 @@ PROVIDERS = {p.name: p for p in (
     Provider('migraphx', 'MIGraphXExecutionProvider', 'onnxruntime-migraphx', 'Linux with an AMD GPU and ROCm', 15,
              ('Linux',), files=('/dev/kfd',)),
     Provider('qnn', 'QNNExecutionProvider', 'onnxruntime-qnn', 'a Qualcomm Snapdragon machine', 16,
-             options={'backend_type': 'htp'}, plugin='onnxruntime_qnn'),
+             machines=('aarch64', 'ARM64'), options={'backend_type': 'htp'}, plugin='onnxruntime_qnn'),
     Provider('vitisai', 'VitisAIExecutionProvider', '', 'a machine with an AMD Ryzen AI NPU or a Versal card', 17,
              note="install the `onnxruntime` of AMD's own package (Ryzen AI Software or Vitis AI)"),
 )}
@@ -157,6 +158,8 @@ class ProviderBackend(OnnxRuntimeBackend):
         if platform.system() not in p.systems:
             return f'{p.provider} exists on {", ".join(p.systems)}; this is {platform.system()}'
         lacks = []
+        if p.machines and platform.machine() not in p.machines:
+            lacks.append(f'this is {platform.machine()}, not {" or ".join(p.machines)}')
         if p.files and platform.system() == 'Linux' and not any(Path(f).exists() for f in p.files):
             lacks.append(f'no {" or ".join(p.files)} on this machine')
         if p.plugin and importlib.util.find_spec(p.plugin) is None: lacks.append(f'{p.package} is not installed')
