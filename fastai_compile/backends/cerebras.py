@@ -115,6 +115,7 @@ class CerebrasBackend:
         for n in (buckets := self._buckets(captured, config)):
             program = captured.fixed(n)
             tensors = {**program.state_dict, **program.constants}
+            done, plain = count_macs(program)
             made, operators, off = self._lower(captured, program, tensors, n, config.tolerance)
             if address is not None: self._on_cluster(captured, n, address)
             offs.append(off)
@@ -122,7 +123,7 @@ class CerebrasBackend:
         weights = {k: tensors[k].detach() for k in set(made.info['used'].values())}
         level = 'lowered' if address is None else 'compiled'
         return Payload(self.name, files, weights, {}, Placement(_TARGET, level, {'CIRH': sum(operators.values())}),
-                       self._choices(captured, config, made, offs, buckets), buckets=buckets)
+                       self._choices(config, made, offs, buckets, done/max(plain, 1)), buckets=buckets)
 
     def _lower(self, captured, program, tensors, n, tolerance):
         "Lower for batches of `n`, and check that what came out is the model"
@@ -141,10 +142,9 @@ class CerebrasBackend:
         made = lower_program(captured.fixed(n), {'how': 'compile', 'mgmt_address': address or None}, timeout_s=7200)
         if made.refused: raise BackendError(f'the cluster did not compile this model: {refusal_of(made)}')
 
-    def _choices(self, captured, config, made, offs, buckets):
-        plain, done = (count_macs(m, captured.example.xb) for m in (captured.eager, captured.module))
+    def _choices(self, config, made, offs, buckets, factor):
         opts = {**backend_options(config, self.name, None), 'buckets': buckets}
-        return {'options': opts, 'arithmetic': f'{done/max(plain, 1):.1f} times that of the model',
+        return {'options': opts, 'arithmetic': f'{factor:.2g} times that of the model',
                 'functions changed': made.calls, **{k: max(o[k] for o in offs) for k in offs[0]},
                 'lowered with': made.versions}
 
