@@ -10,6 +10,7 @@ import enum, functools, types
 from pathlib import Path
 import numpy as np, torch
 from fastai.data.core import Datasets, TfmdLists, test_set
+from fastai.data.load import DataLoader, SkipItemException
 from fastai.data.transforms import CategoryMap
 from fastai.imports import noop
 from fastai.torch_core import to_device
@@ -137,6 +138,8 @@ def starts_of(
     return (_start(ds, item),)
 
 # %% ../nbs/20_lanes.ipynb #a4da6f0e
+def _skipped(item): return InvalidInput(item, 'a transform skipped it (`SkipItemException`)')
+
 class Lane:
     "One item at a time through fastai's transforms, as `test_dl([item])` would take it"
     def __init__(self,
@@ -152,16 +155,25 @@ class Lane:
         self.shared = not (can_copy(dl) and can_copy(dls.train, to_decode=True))
         own = Own(self.shared)
         self.dl, self.dec = own.loader(dl, True), own.loader(dls.train, False)
+        ds, self.answers = self.dl.dataset, {}
+        plain = type(ds) is Datasets and all(type(tl) is TfmdLists for tl in ds.tls) and 'create_item' not in vars(dl)
+        plain = plain and type(dl).create_item is DataLoader.create_item and type(dl).do_item is DataLoader.do_item
+        self.pipes = [tl.tfms for tl in ds.tls] if plain and 'do_item' not in vars(dl) else None
 
     def sample(self, item):
         "What the loader makes of one item. Raises what the transforms raise"
+        if self.pipes is None: return self._by_loader(item)
+        try: return self.dl.after_item(tuple([p(item) for p in self.pipes]))
+        except SkipItemException: raise _skipped(item) from None
+
+    def _by_loader(self, item):
         ds = self.dl.dataset
         if isinstance(ds, list): ds[0] = item
         elif isinstance(ds, TfmdLists): ds.items = [item]
         else:
             for tl in ds.tls: tl.items = [item]
         res = self.dl.do_item(0)
-        if res is None: raise InvalidInput(item, 'a transform skipped it (`SkipItemException`)')
+        if res is None: raise _skipped(item)
         return res
 
     def batch(self, samples):

@@ -30,8 +30,8 @@ def _read(to):
 def _check_numbers(to, conts):
     if is_stock_input() or conts.isfinite().all(): return
     i, j = (~conts.isfinite()).nonzero()[0].tolist()
-    raise InvalidInput(f'row {i}', f'column {to.cont_names[j]!r} is not a finite number, and the answer would be NaN: mend it, or use '
-                       '`with stock_input():` for what fastai does')
+    raise InvalidInput(f'row {i}', f'column {to.cont_names[j]!r} is not a finite number, and the answer would be NaN: mend it, '
+                       'or use `with stock_input():` for what fastai does')
 
 def table_batches(
     dl, # Loader of a `TabularPandas`
@@ -81,8 +81,8 @@ class _Gathered:
     def __init__(self, with_input, with_loss, with_preds=True, with_targs=True, concat_dim=0):
         self.flags, self.dim = (with_input, with_preds, with_targs, with_loss), concat_dim
         self.lists = [], [], [], []
-    def add(self, learn, b):
-        inputs, preds, targs, (pred, yb) = forward(learn, b)
+    def add(self, learn, plan, b):
+        inputs, preds, targs, (pred, yb) = forward(learn, plan, b)
         loss = _losses(learn, pred, yb) if self.flags[3] else None
         for keep, xs, x in zip(self.flags, self.lists, (inputs, preds, targs, loss)):
             if keep: xs.append(x)
@@ -98,7 +98,7 @@ def _run(learn, plan, dl, gathered, with_loss):
     shows = len(dl) > 1 and any(isinstance(cb, ProgressCallback) for cb in learn.cbs.items)
     with plan.lock if with_loss and hold is not plan.lock else nullcontext(), hold:
         with learn.loss_not_reduced() if with_loss else nullcontext():
-            for b in progress_bar(dl, leave=False) if shows else dl: gathered.add(learn, b)
+            for b in progress_bar(dl, leave=False) if shows else dl: gathered.add(learn, plan, b)
 
 def lean_get_preds(
     learn, # Learner with a plan

@@ -10,12 +10,11 @@ import numbers, types
 import numpy as np, pandas as pd, torch
 from fastai.data.transforms import Categorize, EncodedMultiCategorize, Normalize, RegressionSetup
 from fastai.tabular.core import Categorify, FillMissing, ReadTabBatch, Tabular, TabularPandas
-from fastcore.basics import detuplify, getcallable, tuplify
-from fastai.torch_core import tensor, to_concat
+from fastcore.basics import getcallable, tuplify
 from .errors import InputError
 from .items import InvalidInput, is_stock_input
 from .lanes import clone
-from .predict import forward
+from .predict import forward, gather
 
 # %% ../nbs/21_rows.ipynb #f154bd8b
 def as_row(
@@ -50,6 +49,10 @@ def why_not_coded(
     order = [k for k in kinds if k in (FillMissing, Categorify, Normalize)]
     return '' if order == sorted(order, key=[FillMissing, Categorify, Normalize].index) else 'the procs stand in an unusual order'
 
+def _plain(frame, dtype):
+    "As `ReadTabBatch`, which fails on no columns at all and on some orders of columns"
+    return torch.tensor(np.ascontiguousarray(frame.to_numpy()).astype(dtype))
+
 class RowCoder:
     "One row to the tensors of one batch"
     limit = 10_000 # Categories remembered for each column
@@ -61,9 +64,10 @@ class RowCoder:
         self.flags = {f'{n}_na': n for n in self.fill} if fill and fill.add_col else {}
         self.cats, self.classes = list(dict.fromkeys(to.cat_names)), cats.classes if cats else {}
         self.codes = {c: {} for c in self.cats}
-        own = [c for c in self.conts] if norm is not None else []
+        own = self.conts if norm is not None else []
         self.means = np.array([norm.means[c] for c in own]) if own else None
         self.stds = np.array([norm.stds[c] for c in own]) if own else None
+        self.as_objects = (self.means.astype(object), self.stds.astype(object)) if own else None
         self.needed = [c for c in self.cats if c not in self.flags] + self.conts
         self.known, self.index, self.filled = {}, None, {} # known: {kind of row: whether it is exact}
 
@@ -105,8 +109,8 @@ class RowCoder:
                     raise InvalidInput(row, f'column {self.conts[i]!r} lacks a value, and in training it never did')
                 xs[i] = self.fill[self.conts[i]]
         if self.means is not None:
-            as_it = lambda o: o.astype(object) if xs.dtype == object else o
-            xs = (xs-as_it(self.means))/as_it(self.stds)
+            means, stds = self.as_objects if xs.dtype == object else (self.means, self.stds)
+            xs = (xs-means)/stds
         with np.errstate(over='ignore', invalid='ignore'): return xs.astype(np.float32), missing
 
     def _check(self, row, vals, at, out):
@@ -144,12 +148,12 @@ class RowCoder:
         to = self.to.new(row.to_frame().T)
         to.process()
         if len(to.cont_names): to.conts = to.conts.astype(np.float32)
-        return tensor(to.cats).long(), tensor(to.conts).float()
+        return _plain(to.cats, np.int64), _plain(to.conts, np.float32)
 
     def __call__(self, row):
         "(categories of shape (1, n), numbers of shape (1, m)). Raises `InvalidInput`"
         codes, nums, kind = self._coded(row)
-        res = torch.tensor([codes], dtype=torch.long), torch.from_numpy(nums[None])
+        res = torch.from_numpy(np.array([codes], dtype=np.int64)), torch.from_numpy(nums[None])
         if kind not in self.known:
             want = self.by_fastai(row)
             if len(self.known) > 1000: self.known.clear()
@@ -159,7 +163,8 @@ class RowCoder:
 # %% ../nbs/21_rows.ipynb #b3f84a67
 class _Like:
     "A decoded row of fastai's making, to copy"
-    def __init__(self, to, vals): self.to, self.shape, self.dtype = to, vals.shape, vals.dtype
+    def __init__(self, to, vals):
+        self.to, self.shape, self.dtype, self.index, self.columns = to, vals.shape, vals.dtype, to.items.index, to.items.columns
 
 class RowPlan:
     "What is prepared once for a table"
@@ -180,7 +185,7 @@ class RowPlan:
         if like is None or like.shape != vals.shape or like.dtype != vals.dtype:
             self.like = _Like(self.plan.dls.decode(b), vals)
             return self.plan.dls.decode(b)
-        res = clone(like.to, items=pd.DataFrame(vals, columns=like.to.items.columns, index=like.to.items.index))
+        res = clone(like.to, items=pd.DataFrame(vals, index=like.index, columns=like.columns, copy=False))
         made = vars(res).get('dataloaders')
         if isinstance(made, types.MethodType): res.dataloaders = types.MethodType(made.__func__, res)
         return res
@@ -189,8 +194,7 @@ def row_plan(
     plan, # `Plan`
 ):          # `RowPlan`, or None for a learner without a table
     "The plan of a table"
-    if not isinstance(plan.dls.train_ds, Tabular): return None
-    if getattr(plan, 'rows', None) is None: plan.rows = RowPlan(plan)
+    if not hasattr(plan, 'rows'): plan.rows = RowPlan(plan) if isinstance(plan.dls.train_ds, Tabular) else None
     return plan.rows
 
 def lean_predict_row(
@@ -201,8 +205,8 @@ def lean_predict_row(
     "`TabularLearner.predict` for a compiled learner. Raises `InvalidInput`"
     row = as_row(row)
     b = rows.tensors(row)
-    try: inp, preds, *_ = forward(learn, b)
+    try: inp, preds, *_ = forward(learn, rows.plan, b)
     except InputError as e: raise InvalidInput(row, str(e)) from e
-    preds = getcallable(learn.loss_func, 'activation')(detuplify(to_concat([preds])))
+    preds = getcallable(learn.loss_func, 'activation')(gather(preds))
     dec_preds = getcallable(learn.loss_func, 'decodes')(preds)
     return rows.decoded((*tuplify(inp), *tuplify(dec_preds))), dec_preds[0], preds[0]

@@ -14,12 +14,11 @@ import pandas as pd, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.tabular.core import Categorify, Tabular
 from fastai.text.data import SortedDL
-from fastai.torch_core import to_concat
 from fastcore.basics import detuplify, getcallable, tuplify
 from fastprogress.fastprogress import progress_bar
 from .errors import ConfigError
 from .items import InvalidInput, is_stock_input
-from .predict import Plan, forward, plan_of
+from .predict import Plan, forward, gather, plan_of
 
 # %% ../nbs/22_stream.ipynb #29d65a38
 def in_order(
@@ -61,8 +60,8 @@ def _at(o, i):
 def _rows(learn, plan, lane, samples):
     "(decoded target, decoded prediction, prediction) of each sample"
     with plan.turn(lane): b = lane.batch(samples)
-    inputs, preds, *_ = forward(learn, b)
-    inp, preds = detuplify(to_concat([inputs])), detuplify(to_concat([preds]))
+    inputs, preds, *_ = forward(learn, plan, b)
+    inp, preds = gather(inputs), gather(preds)
     preds = getcallable(learn.loss_func, 'activation')(preds)
     dec_preds = getcallable(learn.loss_func, 'decodes')(preds)
     with plan.turn(lane): dec = _decoded(learn, inp, dec_preds, lane.dec, len(samples), plan.apart)
@@ -137,8 +136,8 @@ def _check_frame(table, df):
     for c in table.cat_names:
         if c not in df.columns or not isinstance(df[c].dtype, pd.CategoricalDtype) or is_stock_input(): continue
         if list(df[c].cat.categories) != list(classes.get(c, [0])[1:]):
-            raise InvalidInput(f'column {c!r}', 'its categories are not those of the training set, and fastai takes their numbers: '
-                               f'pass values, `df.astype({{{c!r}: object}})`, or use `with stock_input():`')
+            raise InvalidInput(f'column {c!r}', 'its categories are not those of the training set, and fastai takes their '
+                               f'numbers: pass values, `df.astype({{{c!r}: object}})`, or use `with stock_input():`')
 
 def _table_rows(learn, rows, bs):
     df = _frame(rows)
