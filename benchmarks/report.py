@@ -3,7 +3,7 @@ import json
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import diagnose, families, model, overhead
+from benchmarks import bulk, cerebras, cold, coverage, diagnose, families, gpu, model, overhead, predict, scale
 from benchmarks.common import RESULTS, ROOT
 
 TEXT = """\
@@ -25,6 +25,49 @@ idle virtual machine took 0.5 ms, more than 20 small models.
 All take and return tensors; ONNX Runtime by hand has the defaults of its session, and only the compiled model checks its inputs.
 
 {model}
+
+## One item, end to end
+
+`python benchmarks/predict.py`: a file or a row in, a decoded answer out, against fastai's own `learn.predict` around the same compiled model
+("stock"), around the PyTorch model ("eager"), and ONNX Runtime by hand.
+
+{predict}
+
+## Many items
+
+`python benchmarks/bulk.py`: `get_preds` with 0, 1 and 2 workers, and `predict_many`.
+
+{bulk}
+
+## From process start to the first answer
+
+`python benchmarks/cold.py`
+
+{cold}
+
+## How it grows
+
+`python benchmarks/scale.py`
+
+{scale}
+
+## Models and targets
+
+`python benchmarks/coverage.py`: how far each model is taken for each target on the machine that ran it.
+
+{coverage}
+
+## Cerebras
+
+`python benchmarks/cerebras.py`: lowered by the vendor's own program, and the lowered graph calculated and compared with eager.
+
+{cerebras}
+
+## NVIDIA GPUs
+
+`python benchmarks/gpu.py`
+
+{gpu}
 
 ## What an export costs
 
@@ -57,8 +100,10 @@ def _described(module, name: str) -> str:
 
 def text() -> str:
     "The page"
-    return TEXT.format(model=_described(model, "model"), overhead=_described(overhead, "overhead"),
-                       diagnose=_described(diagnose, "diagnose"), families=families.describe())
+    parts = bulk, cerebras, cold, diagnose, gpu, model, overhead, predict, scale
+    told = {m.__name__.rpartition(".")[2]: m for m in parts}
+    cells = coverage.describe(coverage.OUT) if coverage.OUT.exists() else "Not run."
+    return TEXT.format(**{name: _described(m, name) for name, m in told.items()}, coverage=cells, families=families.describe())
 
 
 if __name__ == "__main__": (ROOT / "benchmarks" / "README.md").write_text(text())
