@@ -22,7 +22,7 @@ def cerebras(
         from fastai_compile.backends.cerebras import cluster_address, no_cluster
         from fastai_compile.errors import BackendUnavailable
         how = ("export the learner, and open the file beside the cluster: "
-               "`learn.export('model.pkl', compile=True, level='lowered')`")
+               "`learn.export('model.pkl', compile='cerebras', level='lowered')`")
         if cluster_address() is not None:
             raise BackendUnavailable(f"a model compiled with backend='cerebras' is not run graph by graph: {how}")
         missing, mend = no_cluster()
