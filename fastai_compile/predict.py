@@ -6,8 +6,9 @@
 __all__ = ['why_loader', 'Plan', 'remember', 'plan_of', 'why_not_lean', 'gather', 'forward', 'batch_of', 'lean_predict']
 
 # %% ../nbs/20_predict.ipynb #90a94b50
-import copy, threading, weakref
+import threading, weakref
 from contextlib import nullcontext
+from copy import copy
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
@@ -210,20 +211,20 @@ def _target(plan, lane, inp, dec_preds):
     "The decoded target. A class is decoded once"
     one = type(dec_preds) is torch.Tensor and dec_preds.dtype is torch.int64 and dec_preds.numel() == 1
     key = (dec_preds.ndim, dec_preds.item()) if one else None
-    if key in lane.answers: return copy.copy(lane.answers[key])
+    if key in lane.answers: return copy(lane.answers[key])
     with plan.turn(lane): res = detuplify(_decode_target(plan, lane, inp, dec_preds)[plan.n_inp:])
-    if key is not None and type(res) is Category: lane.answers[key] = copy.copy(res)
+    if key is not None and type(res) is Category: lane.answers[key] = copy(res)
     return res
 
 def _answer(learn, plan, lane, b, with_input):
     inputs, preds, *_ = forward(learn, plan, b)
-    inp, preds = gather(inputs), gather(preds)
-    preds = getcallable(learn.loss_func, 'activation')(preds)
+    preds = getcallable(learn.loss_func, 'activation')(gather(preds))
     dec_preds = getcallable(learn.loss_func, 'decodes')(preds)
     i = plan.n_inp
+    if plan.apart and not with_input and type(inputs) is tuple and all(isinstance(x, torch.Tensor) for x in inputs):
+        return _target(plan, lane, inputs, dec_preds), dec_preds[0], preds[0]
+    inp = gather(inputs)
     inp = (inp,) if i == 1 else tuplify(inp)
-    if plan.apart and not with_input and all(isinstance(x, torch.Tensor) for x in inp):
-        return _target(plan, lane, inp, dec_preds), dec_preds[0], preds[0]
     with plan.turn(lane): dec = lane.dec.decode_batch(inp + tuplify(dec_preds))[0]
     dec_inp, dec_targ = map(detuplify, [dec[:i], dec[i:]])
     res = dec_targ, dec_preds[0], preds[0]
