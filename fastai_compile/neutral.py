@@ -51,8 +51,8 @@ def _code(a, names):
     if isinstance(a, _VALUES): return str(a)
     if isinstance(a, float) and (a != a or a in (float('inf'), float('-inf'))): return f"float('{a}')"
     if a is None or isinstance(a, (bool, int, float, complex, str)): return repr(a)
-    raise BackendError(f'a graph argument of type {type(a).__name__} ({str(a)[:80]}) has no form that another PyTorch reads; '
-                       'was the batch fixed (`captured.fixed(n)`)?')
+    raise BackendError(f'a graph argument of type {type(a).__name__} ({str(a)[:80]}) has no form that another PyTorch '
+                       'reads; was the batch fixed (`captured.fixed(n)`)?')
 
 def _call(node, names):
     "One node as one call"
@@ -67,7 +67,8 @@ def _call(node, names):
     return f'aten.{name}.{overload}({", ".join(args)})'
 
 # %% ../nbs/12_neutral.ipynb #aabb5c96
-_CHECKS = {'_assert_tensor_metadata', '_assert_async', '_assert_scalar', 'sym_constrain_range_for_size', 'sym_constrain_range'}
+_CHECKS = {'_assert_tensor_metadata', '_assert_async', '_assert_scalar', 'sym_constrain_range',
+           'sym_constrain_range_for_size'}
 
 def _is_check(node):
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split('::')[1] in _CHECKS
@@ -122,7 +123,8 @@ def _lines(program, nodes, where):
         by_node[n] = f't{i}'
         drop = [by_node[u] for u in last[n] if u.op == 'call_function'] + ([] if n.users else [f't{i}'])
         body.append(f'    t{i} = {code}' + (f'; del {", ".join(drop)}' if drop and n not in out else ''))
-        facts.append({'line': _HEAD.count('\n') + i + 1, 'op': str(n.target), 'layer': layer_of(n), 'source': source_of(n)})
+        facts.append({'line': _HEAD.count('\n') + i + 1, 'op': str(n.target), 'layer': layer_of(n),
+                      'source': source_of(n)})
     outs = [n for n in nodes[-1].args[0]]
     body.append(f'    return [{", ".join(by_node[n] for n in outs)}]')
     return body, facts, outs
@@ -142,15 +144,15 @@ def graph_code(
     if decompose is not False: program = program.run_decompositions(None if decompose is True else decompose)
     sig = program.graph_signature
     if changed := [*sig.buffers_to_mutate.values(), *sig.user_inputs_to_mutate.values()]:
-        raise BackendError(f'the model changes {", ".join(changed)} while it runs: a compiled file cannot keep such a state')
+        raise BackendError(f'the model changes {", ".join(changed)} while it runs: a compiled file cannot keep that')
     nodes = list(program.graph.nodes)
     used = {n.name for n in nodes if n.op == 'placeholder' and n.users}
     weights, where = _weights(program, used)
     body, facts, outs = _lines(program, nodes, where)
     inputs = [_spec(n.name, n) for n in nodes if n.op == 'placeholder' and n.name in sig.user_inputs]
     params = [name for arg, (name, _) in _tensors(program).items() if arg in sig.inputs_to_parameters]
-    info = {'format': 1, 'torch': torch.__version__, 'inputs': inputs,
-            'outputs': [_spec(f'y{i}', n) for i, n in enumerate(outs)], 'lines': facts, 'parameters': params, 'used': where,
+    info = {'format': 1, 'torch': torch.__version__, 'inputs': inputs, 'lines': facts, 'parameters': params, 'used': where,
+            'outputs': [_spec(f'y{i}', n) for i, n in enumerate(outs)],
             'weights': {k: {'dtype': str(t.dtype)[6:], 'shape': list(t.shape)} for k, t in weights.items()}}
     return GraphCode(_HEAD + '\n'.join(body) + '\n', info, weights)
 

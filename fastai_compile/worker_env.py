@@ -56,7 +56,8 @@ def _marker(name): return workers_folder()/name/'.complete'
 def worker_info(
     name, # Of a stack
 )->dict|None:
-    "What was installed: {'python', 'requirements', 'versions', 'size_mb', 'made'}; None where it is missing or was not finished"
+    """What was installed: {'python', 'requirements', 'versions', 'size_mb', 'made'}; None where it is missing or was not
+    finished"""
     try: return json.loads(_marker(name).read_text())
     except (OSError, ValueError): return None
 
@@ -105,8 +106,8 @@ def find_python(
         for p in dict.fromkeys(_candidates(v)):
             if _can_make(p, v): return p
     v = versions[0]
-    raise BackendUnavailable(f'no Python {" or ".join(versions)} with venv was found on PATH, in pyenv or in uv. Install one '
-                             f'(`pyenv install {v}`, `uv python install {v}`, or python{v} and python{v}-venv of your '
+    raise BackendUnavailable(f'no Python {" or ".join(versions)} with venv was found on PATH, in pyenv or in uv. Install '
+                             f'one (`pyenv install {v}`, `uv python install {v}`, or python{v} and python{v}-venv of your '
                              'system) and run the command again')
 
 # %% ../nbs/12_worker_env.ipynb #e5b8523f
@@ -149,11 +150,13 @@ _VERSIONS = 'import importlib.metadata as m, json, sys; print(json.dumps({p: m.v
 
 def _finish(name, folder):
     "Check that it works, and write the marker"
-    stack, python = stacks[name], str(folder/'bin'/'python')
-    _run([python, '-I', '-c', stack.check], lambda s: None, f'the check of the {name} worker (`{stack.check}`)')
-    versions = json.loads(_run([python, '-I', '-c', _VERSIONS, *stack.packages], lambda s: None, 'asking for versions')[-1])
-    found = _run([python, '-I', '-c', 'import platform; print(platform.python_version())'], lambda s: None, 'its Python')[-1]
-    info = {'python': found, 'requirements': list(stack.requirements), 'versions': versions, 'size_mb': _size_mb(folder),
+    stack = stacks[name]
+    def ask(code, *args):
+        cmd = [str(folder/'bin'/'python'), '-I', '-c', code, *args]
+        return _run(cmd, lambda s: None, f'the check of the {name} worker (`{code}`)')
+    ask(stack.check)
+    info = {'python': ask('import platform; print(platform.python_version())')[-1], 'requirements': list(stack.requirements),
+            'versions': json.loads(ask(_VERSIONS, *stack.packages)[-1]), 'size_mb': _size_mb(folder),
             'made': time.strftime('%Y-%m-%d')}
     part = folder/'.complete.part'
     part.write_text(json.dumps(info, indent=1))

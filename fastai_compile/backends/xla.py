@@ -60,8 +60,8 @@ def _check_lowered(result, graphs, target):
     for n, found in result['batches'].items():
         if elsewhere := fell_back(found['fallback'], graphs[int(n)].info):
             told = '; '.join(f'{k}: {v}' for k, v in elsewhere.items())
-            raise FallbackError(f'{len(elsewhere)} operators did not land on {target}: {told}. Their values would be frozen into '
-                                'the graph, so they cannot be allowed: replace that layer, or choose another backend')
+            raise FallbackError(f'{len(elsewhere)} operators did not land on {target}: {told}. Their values would be frozen '
+                                'into the graph, so they cannot be allowed: replace that layer, or choose another backend')
         if any(kind == 'constant' for kind, _ in found['places']):
             raise BackendError(f'{target}: the traced graph holds a tensor that is neither a weight nor an input')
 
@@ -83,7 +83,8 @@ def _payload(name, captured, graphs, result, lowered, level, target, opts):
 
 def _dry(captured, target, timeout_s=600):
     "What torch_xla would refuse, for one row"
-    if why := why_no_worker('xla'): return Placement(target, 'lowered', elsewhere={'the graph': f'not looked at: {why}'})
+    if why := why_no_worker('xla'):
+        return Placement(target, 'lowered', elsewhere={'the graph': f'not looked at: {why}'})
     try: graphs, result, _ = _lower(captured, (1,), timeout_s)
     except BackendError as e: return Placement(target, 'lowered', elsewhere={'the graph': str(e)})
     fallen = fell_back(result['batches']['1']['fallback'], graphs[1].info)
@@ -160,7 +161,8 @@ def tpu_chips()->int:
         try: return p.read_text().strip()
         except OSError: return ''
     chips = ('0x0027', '0x0056', '0x005e', '0x0062', '0x0063', '0x006f')
-    return sum(read(d/'vendor') == '0x1ae0' and read(d/'device') in chips for d in Path('/sys/bus/pci/devices').glob('*'))
+    devices = Path('/sys/bus/pci/devices').glob('*')
+    return sum(read(d/'vendor') == '0x1ae0' and read(d/'device') in chips for d in devices)
 
 def _torch_tpu():
     try: return f' (torch_tpu {importlib.metadata.version("torch_tpu")} is installed; this version does not drive it)'
@@ -193,14 +195,17 @@ class TpuBackend:
         from fastai_compile.workers.tpu import ENV
         job = run_job('xla', _script('tpu'), {'batches': list(lowered), 'topology': topology},
                       {f'{n}.mlirbc': b for n, b in lowered.items()}, timeout_s, env=ENV)
-        if no := job.result.get('refused'): raise BackendError(f'libtpu does not compile this model for {topology}: {no}')
+        if no := job.result.get('refused'):
+            raise BackendError(f'libtpu does not compile this model for {topology}: {no}')
         payload.files.update({f'{n}.tpu': _bytes(job.files[f'{n}.tpu']) for n in lowered})
-        payload.placement = Placement(f"TPU {topology} ({job.result['device']})", 'compiled', payload.placement.operators)
+        target = f"TPU {topology} ({job.result['device']})"
+        payload.placement = Placement(target, 'compiled', payload.placement.operators)
         payload.choices.update(libtpu=job.result['compiler'], compiled=job.result['batches'])
 
     def load(self, payload, device, threads):
         if not tpu_chips():
-            raise BackendUnavailable('there is no TPU on this machine: open the file on a TPU VM, or with on_mismatch="eager"')
+            raise BackendUnavailable('there is no TPU on this machine: open the file on a TPU VM, or with '
+                                     'on_mismatch="eager"')
         return _open(payload, 'TPU', None, payload.placement.target)
 
 register_backend(TpuBackend());
