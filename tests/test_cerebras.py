@@ -12,7 +12,7 @@ import fastai_compile.backends.cerebras as adapter
 import fastai_compile.backends.cerebras_checks as checks
 import fastai_compile.backends.cerebras_dynamo  # noqa: F401 - the name in torch.compile
 import fastai_compile.backends.cerebras_rewrites as rewrites
-from cirh_data import FOLDER, small
+from cirh_data import FOLDER, Small, small
 from fastai_compile import BackendError, BackendUnavailable, CaptureError, ConfigError, available_backends, open_learner
 from fastai_compile.backends.base import get_backend
 from fastai_compile.backends.cirh import parse_cirh, without_places
@@ -40,6 +40,15 @@ def example_of(*xs): return Example(xs, (), (torch.Tensor,) * len(xs), "a test",
 
 
 def captured_of(net, *xs): return capture(net.eval(), example_of(*xs), rewrites=get_backend("cerebras").rewrites)
+
+
+class Flat(Small):
+    "A network whose one output comes in a tuple, under the names that it has itself"
+    def __init__(self, net):
+        super().__init__()
+        self.load_state_dict(net.state_dict())
+        self.eval()
+    def forward(self, x): return (super().forward(x),)
 
 
 def compiled(net, *xs): return get_backend("cerebras").compile(captured_of(net, *xs), make_config("cerebras"))
@@ -103,6 +112,21 @@ FAULTS = {
 def test_planted_fault_is_found(fault):
     text, says = FAULTS[fault]
     with pytest.raises(BackendError, match=says): judge(text)
+
+
+def test_fault_behind_a_scale_near_zero_is_found():
+    weights = load(STORED["weights.safetensors"])
+    weights["depthwise.bias"], weights["scale.weight"] = torch.zeros(8), torch.full((8,), 1e-6)
+    assert list(checks.raised_scales(weights)) == ["scale.weight"]
+    net = small()
+    net.load_state_dict(weights, strict=False)
+    for text, found in ((TEXT, False), (FAULTS["a mask of ones"][0], True)):
+        lowered = parse_cirh(text)
+        checks.check_lowered(lowered, weights, [[X]], lambda x: (net(x),), INFO)  # sees neither
+        if not found: checks.check_behind_scales(lowered, weights, [X], Flat(net), INFO)
+        else:
+            with pytest.raises(BackendError, match="raised"):
+                checks.check_behind_scales(lowered, weights, [X], Flat(net), INFO)
 
 
 def test_places_are_taken_out():

@@ -10,8 +10,8 @@ import json, os, shutil, tempfile, threading, weakref
 from pathlib import Path
 import torch
 from .base import Payload, Placement, Probe, backend_options, register_backend
-from .cerebras_checks import (FP16_TOLERANCE, STACK, check_census, check_lowered, lower_program,
-                                                     refusal_of, worker_script)
+from .cerebras_checks import (FP16_TOLERANCE, STACK, check_behind_scales, check_census, check_lowered,
+                                                     lower_program, refusal_of, worker_script)
 from .cerebras_rewrites import CEREBRAS_REWRITES, count_macs
 from .cirh import parse_cirh, without_places
 from ..capture import Flat
@@ -134,8 +134,9 @@ class CerebrasBackend:
                                '(`fastai_compile.rewrites.Rewrite`)')
         lowered = parse_cirh(made.text)
         operators = check_census(lowered, made.info)
-        eager = Flat(captured.eager, captured.structure)
-        return made, operators, check_lowered(lowered, tensors, _rows(captured, n), eager, made.info, tolerance)
+        eager, rows = Flat(captured.eager, captured.structure), _rows(captured, n)
+        check_behind_scales(lowered, tensors, rows[0], captured.module, made.info)
+        return made, operators, check_lowered(lowered, tensors, rows, eager, made.info, tolerance)
 
     def _on_cluster(self, captured, n, address):
         "Have the cluster compile it too; written as the vendor documents it, never run here"
