@@ -152,15 +152,17 @@ def _table_answers(learn, rows, bs, errors):
     except Exception as e:
         n = len(rows)
         if n > 1 and errors == 'return':
-            at = [rows.iloc[i:i+1] if isinstance(rows, pd.DataFrame) else rows[i:i+1] for i in range(n)]
-            return [a for r in at for a in _table_answers(learn, r, bs, errors)]
+            cut = rows.iloc if isinstance(rows, pd.DataFrame) else rows
+            halves = cut[:n//2], cut[n//2:]
+            return [a for half in halves for a in _table_answers(learn, half, bs, errors)]
         name = f'{n} rows' if n > 1 else 'a row'
         err = e if isinstance(e, InvalidInput) else InvalidInput(name, f'{type(e).__name__}: {e}')
         if errors == 'raise': raise err from e
         return [err]
 
 def _from_rows(learn, items, bs, errors):
-    for rows in _frames(items, max(bs, 1024)): yield from _table_answers(learn, rows, bs, errors)
+    most = 2**16 if isinstance(items, pd.DataFrame) else 2**12
+    for rows in _frames(items, bs*max(1, most//bs)): yield from _table_answers(learn, rows, bs, errors)
 
 # %% ../nbs/22_stream.ipynb #d248e1b0
 def _check(items, bs, workers, errors):
