@@ -230,6 +230,7 @@ def test_openvino_takes_text_through_onnx():
     cap, b = captured_of(model, x, max_bs=4), get_backend("openvino")
     payload = b.compile(cap, make_config("openvino"))
     assert payload.choices["converted from"] == "ONNX" and "mkldnn_rnn_layer" in payload.choices["why ONNX"]
+    with pytest.raises(BackendError, match="fixed sizes"): get_backend("openvino:npu").compile(cap, make_config("openvino:npu"))
     run = b.load(payload, "cpu", 1)
     for n in (1, 2, 4):
         xs = x.repeat(2, 1)[:n]

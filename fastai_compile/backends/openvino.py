@@ -242,7 +242,10 @@ class OpenVinoBackend:
         return core.compile_model(model, self.device, settings)
 
 def _buckets(opts, captured):
-    "Powers of two up to the largest batch"
+    "Powers of two up to the largest batch. Raises `BackendError` where more than the batch varies"
+    if free := [s.name for s in captured.inputs if None in s.shape[1:]]:
+        raise BackendError(f'openvino:npu takes fixed sizes, and other sizes than the batch vary in {", ".join(free)}: '
+                           "`compile='openvino'` takes them")
     return tuple(opts.get('buckets') or sorted({*(2**k for k in range(16) if 2**k < captured.max_bs), captured.max_bs}))
 
 for _device, _cost in (('CPU', 3), ('GPU', 20), ('NPU', 21)): register_backend(OpenVinoBackend(_device, _cost))
