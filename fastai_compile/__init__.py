@@ -9,6 +9,7 @@ from fastai_compile.backends import (  # noqa: F401 - register themselves
     providers as _providers, tensorrt as _tensorrt, xla as _xla)
 from fastai_compile import explain as _explain  # noqa: F401 - gives `Learner` its `explain`
 from fastai_compile.backends.base import available_backends, register_backend
+from fastai_compile.bench import benchmark
 from fastai_compile.breaks import find_breaks
 from fastai_compile.config import CompileConfig
 from fastai_compile.errors import (ArtifactError, BackendError, BackendUnavailable, CaptureError, CompileError,
@@ -17,6 +18,7 @@ from fastai_compile.errors import (ArtifactError, BackendError, BackendUnavailab
 from fastai_compile.example import example_batch
 from fastai_compile.freeze import FreezeTransforms, frozen
 from fastai_compile.graph_callback import GraphBreakCallback
+from fastai_compile.items import InvalidInput, stock_input
 from fastai_compile.learner import open_learner
 from fastai_compile.model import CompiledModel
 from fastai_compile.randomness import find_random
@@ -24,7 +26,7 @@ from fastai_compile.report import Report
 
 __all__ = ["ArtifactError", "BackendError", "BackendUnavailable", "CaptureError", "CompileConfig", "CompileError",
            "CompiledModel", "ConfigError", "ExampleError", "FallbackError", "FreezeTransforms",
-           "GraphBreakCallback", "GraphBreakError", "HostMismatch", "InputError", "MissingDefinition",
-           "NotTrainable", "RandomTransformError", "Report", "VerificationError", "WriteError",
-           "available_backends", "example_batch", "find_breaks", "find_random", "frozen",
-           "inspect_artifact", "open_learner", "register_backend"]
+           "GraphBreakCallback", "GraphBreakError", "HostMismatch", "InputError", "InvalidInput",
+           "MissingDefinition", "NotTrainable", "RandomTransformError", "Report", "VerificationError", "WriteError",
+           "available_backends", "benchmark", "example_batch", "find_breaks", "find_random", "frozen",
+           "inspect_artifact", "open_learner", "register_backend", "stock_input"]

@@ -14,6 +14,7 @@ from .errors import CompileError, HostMismatch, NotTrainable, VerificationError
 from .example import ExampleError, example_batch
 from .model import CompiledModel
 from .package import learner_bytes
+from .predict import remember
 
 # %% ../nbs/12_box.ipynb #42779795
 def _fits(x, spec):
@@ -115,7 +116,7 @@ class LearnerBox:
                 problems = [str(e)]
         if not problems:
             problems = [why] if (why := reference_error(learn.model)) else []
-            if not problems: return learn
+            if not problems: return remember(learn)
             if on_mismatch == 'raise' and learn.model.deferred:
                 raise VerificationError(f'this file was made where its target is not ({learn.model.deferred}), so its answers '
                     f"are checked here, and they are wrong: {problems[0]}. `open_learner(path, on_mismatch='eager')` runs the "
@@ -133,7 +134,7 @@ class LearnerBox:
         backend = learn.model.payload.backend
         warnings.warn(f"on_mismatch='rebuild': {'; '.join(problems)}; {backend} compiles again", stacklevel=2)
         learn.model = compile_learner(learn, replace(learn.model.config, backends=(backend,))).model
-        return learn
+        return remember(learn)
 
 def write_learner(
     learn,  # Learner; not changed

@@ -196,7 +196,7 @@ def export_learner(
                           f"`learn.export('{path.stem}{suffix}', compile={name!r})`")
     out = compile_learner(learn, config)
     start = time.perf_counter()
-    if suffix: size = write_open_format(path, out.model.payload, get_backend(out.report.backend).open_format)
+    if suffix: size = _hand_over(out, path)
     else: size = _write(learn, out, path, pickle_module, pickle_protocol)
     out.report.stages['pack'] = time.perf_counter()-start
     out.report.path, out.report.size_mb = str(path), size/1e6
@@ -207,6 +207,13 @@ def _suffix(config):
     "How the name of a plain file ends, where the target is an open format"
     if config.backends is True or len(config.backends) > 1: return ''
     return Path(getattr(get_backend(config.backends[0]), 'open_format', '')).suffix
+
+def _hand_over(out, path):
+    "A plain file, with what is known of the learner in its own description where the format has one"
+    backend, payload = get_backend(out.report.backend), out.model.payload
+    known = {k: out.facts[k] for k in ('made_by', 'created', 'learner', 'vocab', 'inputs', 'outputs', 'batch') if out.facts.get(k)}
+    if hasattr(backend, 'describe'): payload = backend.describe(payload, known)
+    return write_open_format(path, payload, backend.open_format)
 
 def _write(learn, out, path, pickle_module, pickle_protocol):
     with _with_dls(learn, out.dls): return write_learner(learn, out.model, out.facts, path, pickle_module, pickle_protocol)

@@ -17,6 +17,7 @@ from .box import to_eager as _to_eager, write_learner
 from .config import make_config
 from .errors import ConfigError
 from .export import export_learner
+from .lean import patch_lean
 from .model import CompiledModel
 
 # %% ../nbs/15_learner.ipynb #e2ba18e1
@@ -62,6 +63,8 @@ def lr_find(self:Learner, *args, **kwargs):
     return _stock_lr_find(self, *args, **kwargs)
 
 Learner.lr_find.stock = _stock_lr_find
+
+patch_lean() # `predict` and `get_preds` of a compiled learner without fastai's loop; `predict_many`, `why_not_lean`
 
 def open_learner(
     path, # A file written by `learn.export(..., compile=...)`

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from .apart import compile_apart
 from .artifact import write_whole
-from .backends.base import Table
+from .backends.base import Table, get_backend
 from .box import make_reference_row
 from .capture import capture
 from .choose import Candidate, candidate_row, _adapter
@@ -69,21 +69,27 @@ def prepare(
     `BackendError` where no reference row can be made"""
     probe = backend.probe(config.device)
     with stages('capture'): captured = capture(model, example, max_bs, backend.rewrites, config.dynamic_size)
-    if not _at_least(probe.reaches, config.level): raise _refusal(backend, probe, captured, config)
+    wanted = 'compiled' if getattr(backend, 'checked_by', '') else config.level
+    if not _at_least(probe.reaches, wanted): raise _refusal(backend, probe, captured, config)
     with stages('reference'): reference = make_reference_row(learn, captured)
     if reference is None:
         raise BackendError('no synthetic reference row could be made for this model, and without one nothing would check the '
                            f'answers of {backend.name} where the file is opened')
     with stages('compile', backend.name), _adapter(backend.name):
         payload = compile_apart(backend, captured, config) if config.isolate else backend.compile(captured, config)
-    if not _at_least(payload.placement.level, config.level):
-        raise BackendUnavailable(f'{backend.name} was taken to {payload.placement}, asked for was level={config.level!r}')
+    if not _at_least(payload.placement.level, wanted):
+        raise BackendUnavailable(f'{backend.name} was taken to {payload.placement}, asked for was level={wanted!r}')
     res = CompiledModel(payload, captured.inputs, captured.outputs, captured.structure, captured.max_bs, captured.eager,
                         config.threads, captured.guards, reference, config.allow_fallback)
     res.deferred = probe.reason if not getattr(backend, 'open_format', '') else f'handed over as {backend.open_format}'
     scale = max([o.abs().max().item() for o in reference['out'] if o.is_floating_point() and o.numel()], default=0.)
     reference['limit'] = _limit(captured, reference, config.tolerance or getattr(backend, 'tolerance', 0)*scale)
     return Candidate(backend.name, res, Verdict(False, Table(), 0.), stages.seconds['compile'])
+
+def _checked(winner):
+    "What compared the numbers of a plain file"
+    by = getattr(get_backend(winner.name), 'checked_by', '')
+    return Table([{'check': 'numbers', 'by': by, 'result': 'agrees with eager PyTorch'}] if by else [])
 
 def prepared_report(
     winner,  # `Candidate` of `prepare`
@@ -101,7 +107,7 @@ def prepared_report(
     choices = ', '.join(f'{k}={v}' for k, v in model.payload.choices.items() if v not in ({}, None))
     plain = model.deferred.startswith('handed over')
     after = 'give {path!r} to the tools it is for' if plain else Report.after
-    if plain: gate, says = Table(), f'{winner.name}: a plain file for other tools; fastai_compile does not open it again'
+    if plain: gate, says = _checked(winner), f'{winner.name}: a plain file for other tools; fastai_compile does not open it again'
     else:
         says = f'{winner.name}: {p.level} here, not run ({model.deferred}); the gate is deferred to the first open on the target'
     return Report(says, '', winner.name, rows, gate, dict(stages.seconds), 0., weights_note(model, True), str(p),

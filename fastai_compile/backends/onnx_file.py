@@ -100,6 +100,7 @@ def _difference(got, want, tolerance):
 class OnnxFileBackend:
     "A checked .onnx file for other tools; not run by us"
     name, rewrites, shapes, cost, open_format = 'onnx', (), 'dynamic', 70, 'model.onnx'
+    checked_by = 'the ONNX checker and ONNX Runtime'
     def probe(self, device):
         p = get_backend('onnxruntime').probe(device)
         if not p.usable: return p
