@@ -1015,6 +1015,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_compile.cold.cold_start': ('cold.html#cold_start', 'fastai_compile/cold.py')},
             'fastai_compile.config': { 'fastai_compile.config.CompileConfig': ('config.html#compileconfig', 'fastai_compile/config.py'),
                                        'fastai_compile.config._check': ('config.html#_check', 'fastai_compile/config.py'),
+                                       'fastai_compile.config.check_level': ('config.html#check_level', 'fastai_compile/config.py'),
                                        'fastai_compile.config.check_policy': ('config.html#check_policy', 'fastai_compile/config.py'),
                                        'fastai_compile.config.make_config': ('config.html#make_config', 'fastai_compile/config.py'),
                                        'fastai_compile.config.nearest': ('config.html#nearest', 'fastai_compile/config.py')},

@@ -213,7 +213,7 @@ def capture(
         try:
             with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()): # A failing one prints its graph
                 program = torch.export.export(module, example.xb, strict=False,
-                    dynamic_shapes=(_dims(example, extra, max(2, max_bs), dynamic_size),))
+                    dynamic_shapes=(_dims(example, extra, max(4, max_bs), dynamic_size),))
         except Exception as e:
             hint = ' Height and width cannot vary in this model: leave `dynamic_size` out.' if dynamic_size else ''
             from fastai_compile.breaks import breaks_of

@@ -27,7 +27,8 @@ def _dynamo_backend(fn):
     for _ in range(10):
         if name := getattr(fn, '_compiler_name', None):
             inner = getattr(fn, '_torchdynamo_orig_backend', fn)
-            return name, dict(getattr(inner, 'config', None) or {})
+            given = getattr(inner, 'config', None) or (getattr(inner, 'kwargs', None) or {}).get('options')
+            return name, dict(given or {})
         fn = getattr(fn, '_torchdynamo_orig_backend', None) or getattr(fn, '_torchdynamo_orig_callable', None)
         if fn is None: return None, {}
     return None, {}

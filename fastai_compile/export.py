@@ -17,7 +17,7 @@ from .box import finish_model, make_reference_row, write_learner
 from .capture import capture
 from .choose import (Stages, attempt, candidate_row, choose_candidates, first_that_passes, rank,
                                    time_candidates, unwrap)
-from .config import CompileConfig
+from .config import CompileConfig, check_level
 from .errors import BackendUnavailable, ConfigError, VerificationError
 from .example import Example, ExampleError, check_repeatable, example_batch, preserved, _has_rows
 from .freeze import freeze_of
@@ -74,6 +74,7 @@ def compile_learner(
             raise BackendUnavailable(f'learn.model was compiled by torch.compile(backend={torch_backend!r}), for which '
                 f"there is no file format here. Name one of {', '.join(backends())}: "
                 "`learn.export(path, compile='onnxruntime')`")
+    check_level(config)
     table = Table()
     cands = choose_candidates(config, table)
     stages = Stages(7 + 4*len(cands), hasattr(learn, 'progress') and learn.create_mbar)

@@ -16,7 +16,6 @@ from .cerebras_rewrites import CEREBRAS_REWRITES, count_macs
 from .cirh import parse_cirh, without_places
 from ..capture import Flat
 from ..errors import BackendError, BackendUnavailable, ConfigError
-from ..worker import Session
 from ..worker_env import install_command, why_no_worker, worker_info
 
 # %% ../../nbs/backends/74_cerebras.ipynb #3e57a9ad
@@ -56,6 +55,7 @@ class CerebrasRunner:
             (folder/name).write_bytes(self.payload.files[f'batch{n}/{name}'].numpy().tobytes())
         save_file({k: t.detach().contiguous() for k, t in self.payload.tensors.items()}, folder/'weights.safetensors')
         start = ('start', {'folder': str(folder), 'mgmt_address': self.address or None}, ())
+        from fastai_compile.worker import Session
         self.sessions[n] = Session(STACK, Path(worker_script.__file__), start, timeout_s=7200)
         return self.sessions[n]
 

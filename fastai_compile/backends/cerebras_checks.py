@@ -18,7 +18,6 @@ from .cirh_run import run_cirh
 from ..errors import BackendError
 from ..neutral import graph_files
 from ..verify import FLOOR, FP32_TOLERANCE, largest_diff
-from ..worker import run_job
 from ..workers import cerebras as worker_script
 
 # %% ../../nbs/backends/73_cerebras_checks.ipynb #6b5e7a88
@@ -172,6 +171,7 @@ def lower_program(
     calls = plain_calls(program)
     files = graph_files(program, decompose=False)
     info = json.loads(files['graph.json'])
+    from fastai_compile.worker import run_job
     done = run_job(STACK, Path(worker_script.__file__), job or {'how': 'lower'}, files, timeout_s=timeout_s)
     refused = tuple(_placed(r, info) for r in done.result['refused'])
     text = done.files.get('cirh.mlir', b'').decode()
