@@ -74,7 +74,7 @@ def run_notebook(path: Path, slow: bool = False, gpu: bool = False, cell_timeout
     cwd = NBS if NBS in path.parents else path.parent
     client = NotebookClient(nb, km=_kernel_manager(), timeout=cell_timeout, coalesce_streams=True, record_timing=False,
                             extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(cwd)}})
-    try: client.execute(env=_kernel_env())
+    try: client.execute(env=_kernel_env(), cleanup_kc=True) # A manager that was passed in is not ended otherwise
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
         raise NotebookError(f"{path.name}: {scrub(str(e))}") from None
     for cell, d, old, skip, must_raise in zip(nb.cells, directives, tags, skipped, raises, strict=True):
