@@ -122,7 +122,7 @@ def test_what_may_be_passed_for_a_picture(image, files):
 
 @pytest.mark.parametrize("kw", [{}, {"with_input": True}, {"with_decoded": True}, {"with_loss": True}, {"act": noop},
                                 {"with_input": True, "with_decoded": True, "with_loss": True}, {"with_preds": False},
-                                {"with_targs": False}, {"reorder": False}], ids=str)
+                                {"with_targs": False}, {"reorder": False}], ids=lambda kw: ",".join(kw) or "nothing")
 @pytest.mark.parametrize("kind", ["image", "table"])
 def test_get_preds(artifacts, kind, kw):
     learn, items = artifacts("eager", kind).open(), items_of(kind, artifacts.learner(kind).path)
