@@ -28,8 +28,8 @@ All take and return tensors; ONNX Runtime by hand has the defaults of its sessio
 
 ## One item, end to end
 
-`python benchmarks/predict.py`: a file or a row in, a decoded answer out, against fastai's own `learn.predict` around the same compiled model
-("stock"), around the PyTorch model ("eager"), and ONNX Runtime by hand.
+`python benchmarks/predict.py`: a file or a row in, a decoded answer out, against fastai's own `learn.predict` around the same
+compiled model ("stock"), around the PyTorch model ("eager"), and ONNX Runtime by hand.
 
 {predict}
 

@@ -39,8 +39,8 @@ def _inputs(learn_or_model, xb):
     while isinstance(model, torch._dynamo.eval_frame.OptimizedModule): model = model._orig_mod
     if not xb: raise CaptureError('pass one batch of inputs: `find_breaks(model, xb)`')
     if other := [type(x).__name__ for x in xb if not isinstance(x, torch.Tensor)]:
-        raise CaptureError(f'the inputs are {", ".join(other)}: pass tensors, one argument for each; a model that takes a dict or a '
-                           'list can be looked at through a module that takes tensors and builds it')
+        raise CaptureError(f'the inputs are {", ".join(other)}: pass tensors, one argument for each; a model that takes a '
+                           'dict or a list can be looked at through a module that takes tensors and builds it')
     return model, xb
 
 def _changes(xs, also, grad):

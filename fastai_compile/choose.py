@@ -75,8 +75,8 @@ def choose_candidates(
         elif p.usable: res.append(b)
         else: missing.append(b.name)
     if missing:
-        told = f'not usable here: {", ".join(missing)}; `available_backends()` says why and what would mend it'
-        table.append(candidate_row('others', told))
+        told = '`available_backends()` says which, why, and what would mend it'
+        table.append(candidate_row(f'{len(missing)} more', f'not usable here: {told}'))
     if not res: raise BackendUnavailable(f'no compiling backend can be used here:\n{available_backends(config.device)}')
     return res
 

@@ -212,7 +212,8 @@ def _suffix(config):
 def _hand_over(out, path):
     "A plain file, with what is known of the learner in its own description where the format has one"
     backend, payload = get_backend(out.report.backend), out.model.payload
-    known = {k: out.facts[k] for k in ('made_by', 'created', 'learner', 'vocab', 'inputs', 'outputs', 'batch') if out.facts.get(k)}
+    told = ('made_by', 'created', 'learner', 'vocab', 'inputs', 'outputs', 'batch')
+    known = {k: out.facts[k] for k in told if out.facts.get(k)}
     if hasattr(backend, 'describe'): payload = backend.describe(payload, known)
     return write_open_format(path, payload, backend.open_format)
 

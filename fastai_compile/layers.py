@@ -150,7 +150,8 @@ class Walk:
     def row(self, event, reason, todo, count=None):
         "A `Break` of an event"
         (file, line), layers = self.locate(event)
-        if 'LSTM' in reason and not is_users(file): layers = self._inside_of(layers, RNNBase) or layers # A container runs several layers in one line
+        if 'LSTM' in reason and not is_users(file): # A container runs several layers in one line
+            layers = self._inside_of(layers, RNNBase) or layers
         layer = next(iter(layers), '')
         cls = type(self.model.get_submodule(layer)).__name__ if layers else ''
         source = linecache.getline(file, line).strip().split('  #')[0]

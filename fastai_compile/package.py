@@ -85,8 +85,8 @@ def learner_bytes(
     except RuntimeError as e:
         if 'parametriz' not in str(e): raise
         names = sorted({n for n, m in learn.model.named_modules() if hasattr(m, 'parametrizations')})
-        raise CompileError(f'this learner cannot be pickled: layer {", ".join(names)} of its model is parametrized (a spectral or '
-                           'weight norm of `torch.nn.utils.parametrizations`), and PyTorch pickles no such module. Stock '
+        raise CompileError(f'this learner cannot be pickled: layer {", ".join(names)} of its model is parametrized (a spectral '
+                           'or weight norm of `torch.nn.utils.parametrizations`), and PyTorch pickles no such module. Stock '
                            '`learn.export()` fails on it too. Bake it in first: '
                            '`torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")`') from e
     except Exception as e:

@@ -60,7 +60,8 @@ def runs_on(
 def _where(placement):
     "Level and operators, in a few words"
     ops = ', '.join(f'{n} in {k}' for k, n in placement.operators.items() if n)
-    return f'{placement.level}{": " if ops else ""}{ops}' + (f'; {len(placement.elsewhere)} elsewhere' if placement.elsewhere else '')
+    lost = f'; {len(placement.elsewhere)} elsewhere' if placement.elsewhere else ''
+    return f'{placement.level}{": " if ops else ""}{ops}{lost}'
 
 def candidate_table(
     done,    # Every `Candidate` that was tried

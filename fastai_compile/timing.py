@@ -16,7 +16,8 @@ class Timing:
     "Times of one candidate, one median for each round"
     rounds_ms:tuple # Milliseconds a call
     calls:int       # Calls in each round
-    p99_ms:float|None=None # Of all calls, where there were at least 459: then the slowest seen is above the true one 99 times of 100
+    # Of all calls, where there were at least 459: then the slowest seen is above the true one 99 times of 100
+    p99_ms:float|None=None
 
     @property
     def median_ms(self): return statistics.median(self.rounds_ms)

@@ -97,6 +97,17 @@ def _set_threads(n):
     portable_lib._unsafe_reset_threadpool(n)
     _Pool.replaced += 1
 
+@contextlib.contextmanager
+def _no_log():
+    "Without what C++ writes to stderr while the runtime starts: it looks for files that only Android has"
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, 'wb') as nowhere: os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
 class ExecuTorchRunner:
     "An ExecuTorch method as a function of tensors; calls from many threads take turns"
     def __init__(self, data, placement, threads):
@@ -150,6 +161,9 @@ class ExecuTorchBackend:
                        needs={'packages': {'executorch': _OLDEST}}, choices={'options': {}, 'planned_mb': memory/1e6})
 
     def load(self, payload, device, threads):
+        with _no_log(): return self._open(payload, threads)
+
+    def _open(self, payload, threads):
         from executorch.runtime import Runtime
         runtime = Runtime.get()
         if not runtime.backend_registry.is_available('XnnpackBackend'):
