@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 NB ?=
-# Test processes side by side; JOBS=0: one, in this process
+# Files of tests side by side
 JOBS ?= 2
 
 # beside other load, OpenMP threads that spin stall each other; on an idle machine sleeping ones are slow to wake
@@ -39,7 +39,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo '==> running the tests'
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python tools/tests.py --jobs $(JOBS)
 
 test-workers: $(STAMP)
 	@echo '==> installing the workers and testing them'

@@ -75,7 +75,8 @@ def _why_dls(dls):
     "Asked once for each plan"
     if len(dls.loaders) < 2: return 'the learner has one loader, and fastai predicts with the second'
     if num_distrib() > 1: return 'predictions of several processes are gathered'
-    if getattr(dls, 'device', None) is not None and dls.device.type != 'cpu': return f'`learn.dls` is on {dls.device}'
+    if getattr(dls, 'device', None) is not None and torch.device(dls.device).type != 'cpu':
+        return f'`learn.dls` is on {dls.device}'
     if 'decode_batch' in vars(dls) or hasattr(type(dls), 'decode_batch'):
         return f'{type(dls).__name__} has its own `decode_batch`'
     return next(filter(None, map(why_loader, dls.loaders[:2])), '')

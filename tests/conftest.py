@@ -18,13 +18,6 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", line)
 
 
-def pytest_collection_modifyitems(config, items):
-    "With `-n`: a file's tests stay together, because they share what they compile; notebooks go wherever there is room"
-    if not config.pluginmanager.hasplugin("xdist"): return
-    for item in items:
-        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @dataclass
 class Artifact:
     "An exported file, the learner that it was made of, and what export said"

@@ -23,6 +23,7 @@ from fastai_compile.backends.base import backends, register_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = list(backends())
+RUNS = [n for n, b in backends().items() if b.probe("cpu").usable and not getattr(b, "by_name", "")] # on this machine
 COLOURS = ["blue", "green", "grey", "red"]
 
 

@@ -24,7 +24,7 @@ from fastai_compile import (ArtifactError, BackendUnavailable, CompiledModel, Co
                             MissingDefinition, NotTrainable, inspect_artifact, open_learner)
 from fastai_compile.artifact import _blob_of, read_blob, write_artifact
 from fastai_compile.backends.base import Probe, get_backend, torch_version
-from helpers import (BACKENDS, KINDS, Wrapped, assert_close, contents, eager_of, fresh, items_of, make_frame, make_images,
+from helpers import (RUNS, KINDS, Wrapped, assert_close, contents, eager_of, fresh, items_of, make_frame, make_images,
                      make_learner, random_inputs, registered, run, small_cnn, table_learner)
 
 PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -94,7 +94,7 @@ def test_bare_process(artifacts, tmp_path):
     """Stock `load_learner`, no compiler on PATH, no home, no cache: nothing compiles, no process starts, nothing is left behind,
     and the predictions are those of the process that exported"""
     files, missing = [], []
-    for backend in BACKENDS:
+    for backend in RUNS:
         for kind in KINDS:
             try: art = artifacts(backend, kind)
             except pytest.skip.Exception as e: missing.append(str(e)); continue
@@ -118,7 +118,7 @@ def test_bare_process(artifacts, tmp_path):
     if missing: warnings.warn(f"not run: {missing}", stacklevel=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNS)
 @pytest.mark.parametrize("kind", KINDS)
 @both
 def test_same_predictions(backend, kind, load, artifacts):
@@ -386,7 +386,7 @@ def test_rebuild_on_mismatch(needy, how, table, monkeypatch):
     assert_close(preds_of(open_learner(path.with_name("again.pkl")), "table", None), preds_of(table.learn, "table", None))
 
 
-@pytest.mark.skipif("inductor" not in BACKENDS, reason="the backend inductor is not there")
+@pytest.mark.skipif("inductor" not in RUNS, reason="the backend inductor is not there")
 def test_rebuild_with_inductor(artifacts, tmp_path):
     "A file from another torch: refused, then compiled for this one"
     art = artifacts("inductor", "table")
@@ -406,7 +406,7 @@ def test_rebuild_keeps_the_choices(artifacts, tmp_path):
     assert (model.threads, model.max_bs, model.config.tolerance) == (1, 7, 1e-3)
 
 
-@pytest.mark.skipif("inductor" not in BACKENDS, reason="the backend inductor is not there")
+@pytest.mark.skipif("inductor" not in RUNS, reason="the backend inductor is not there")
 def test_inductor_needs_this_host(artifacts):
     art = artifacts("inductor", "table")
     needs = inspect_artifact(art.path)["needs"]
@@ -574,7 +574,7 @@ def test_the_outer_pickle_is_not_run_by_ours(table, tmp_path):
 
 # ---- writing it again
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNS)
 def test_export_of_a_compiled_learner(backend, artifacts, tmp_path):
     "`export()` rewrites the file whole: same model, same answers, same size, also over itself and through stock `load_learner`"
     art, path = artifacts(backend, "table"), tmp_path / "again.pkl"
@@ -590,7 +590,7 @@ def test_export_of_a_compiled_learner(backend, artifacts, tmp_path):
     assert learn.to_eager().model.training is False
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "inductor"])
+@pytest.mark.parametrize("backend", [b for b in RUNS if b != "inductor"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiling_a_compiled_learner(backend, kind, artifacts, tmp_path):
     "`export(compile=...)` compiles again from its weights, without data"
@@ -626,7 +626,7 @@ def test_trained_again_and_exported_again(table, tmp_path):
     assert not torch.allclose(preds_of(learn, "table", None), preds_of(table.learn, "table", None))
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "eager"])
+@pytest.mark.parametrize("backend", [b for b in RUNS if b != "eager"])
 def test_without_the_pytorch_model(backend, artifacts, tmp_path):
     art, path = artifacts(backend, "table"), tmp_path / "x.pkl"
     with registered(Wrapped(backend, "again", "table")):
@@ -668,7 +668,7 @@ def test_eager_cannot_be_dropped_from_eager(table, tmp_path):
 
 # ---- without data
 
-@pytest.mark.parametrize("backend,kind", [(b, k) for b in BACKENDS for k in KINDS if b != "inductor" or k == "table"])
+@pytest.mark.parametrize("backend,kind", [(b, k) for b in RUNS for k in KINDS if b != "inductor" or k == "table"])
 def test_from_a_stock_file(backend, kind, artifacts, tmp_path):
     "`load_learner` of fastai's own export, no data at hand, then a compiled export"
     art = artifacts(backend, kind)
@@ -693,7 +693,7 @@ def _private_table(path):
     return df, table_learner(path, df=df)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNS)
 def test_no_rows_in_the_file(backend, artifacts, tmp_path):
     artifacts(backend, "table")
     df, learn = _private_table(tmp_path)
@@ -712,7 +712,7 @@ def test_no_rows_in_the_file(backend, artifacts, tmp_path):
         assert not found, f"values of rows are in the file: {found[:5]}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", RUNS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_names_and_no_source_paths_in_the_file(backend, kind, artifacts):
     art = artifacts(backend, kind)

@@ -14,7 +14,7 @@ from fastai.vision.all import (Callback, DataLoader, DataLoaders, L, Learner, Me
                                noop, rmse, set_seed)
 
 from fastai_compile import VerificationError
-from helpers import BACKENDS, KINDS, Wrapped, make_learner, registered
+from helpers import RUNS, KINDS, Wrapped, make_learner, registered
 
 
 # ---- all that must stay
@@ -230,7 +230,7 @@ def _callers():
 @contextlib.contextmanager
 def _outcome(how, learn, path):
     "Runs one export that ends as `how` says"
-    if how in BACKENDS:
+    if how in RUNS:
         options = {"freezing": False} if how == "inductor" else {}
         yield lambda: learn.export(path, compile=how, options=options)
     elif how in ("refused", "refused at the end"):
@@ -252,13 +252,13 @@ def _calls_of_an_export(learn, path):
     return b.calls
 
 
-HOW = [*[b for b in BACKENDS if b != "inductor"], "refused", "refused at the end", "interrupted at compile",
+HOW = [*[b for b in RUNS if b != "inductor"], "refused", "refused at the end", "interrupted at compile",
        "interrupted at load", "interrupted at 2", "interrupted at 30"]
 
 
 def _skip_unusable(how):
     from fastai_compile.backends.base import backends
-    if how in BACKENDS and not (p := backends()[how].probe("cpu")).usable: pytest.skip(f"{how}: {p.reason} {p.mend}")
+    if how in RUNS and not (p := backends()[how].probe("cpu")).usable: pytest.skip(f"{how}: {p.reason} {p.mend}")
 
 
 @pytest.mark.parametrize("fitted", [True, False], ids=["fitted", "fresh"])
@@ -275,10 +275,10 @@ def test_untouched(kind, how, fitted, image_folder, tmp_path):
         export()
         touched = compare(before, state_of(learn))
     assert not touched, "\n".join(touched)
-    assert path.exists() == (how in BACKENDS) and len(list(path.parent.iterdir())) == (how in BACKENDS)
+    assert path.exists() == (how in RUNS) and len(list(path.parent.iterdir())) == (how in RUNS)
 
 
-@pytest.mark.skipif("inductor" not in BACKENDS, reason="the backend inductor is not there")
+@pytest.mark.skipif("inductor" not in RUNS, reason="the backend inductor is not there")
 def test_untouched_by_inductor(tmp_path):
     _skip_unusable("inductor")
     learn = _prepared("table", tmp_path)

@@ -164,7 +164,10 @@ class ExecuTorchBackend:
         with _no_log(): return self._open(payload, threads)
 
     def _open(self, payload, threads):
-        from executorch.runtime import Runtime
+        try: from executorch.runtime import Runtime
+        except OSError as e:
+            raise BackendError(f'executorch needs a temporary folder to start, and there is none ({e}): set TMPDIR to a '
+                               'folder that can be written to') from e
         runtime = Runtime.get()
         if not runtime.backend_registry.is_available('XnnpackBackend'):
             found = ', '.join(runtime.backend_registry.registered_backend_names)

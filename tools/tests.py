@@ -1,0 +1,50 @@
+"""Run every file of tests, each in a pytest of its own, some side by side: `python tools/tests.py --jobs 2`.
+
+What a file compiles, its tests share; a crash or its memory stays in its process. What pytest prints is shown of files
+that fail; of the others, their last line. Further arguments go to pytest.
+"""
+import argparse
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LONG = ["test_notebooks", "test_contract", "test_load", "test_choose", "test_untouched", "test_predict", "test_bench",
+        "test_breaks"]
+NO_TESTS = 5  # of pytest: every test of the file was left out
+
+
+def files() -> list[Path]:
+    "Every file of tests, those that take long first"
+    found = sorted((ROOT / "tests").glob("test_*.py"))
+    return sorted(found, key=lambda p: LONG.index(p.stem) if p.stem in LONG else len(LONG))
+
+
+def run(path: Path, args: list[str]) -> tuple[Path, int, str, float]:
+    "(file, exit status, what pytest printed, seconds)"
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", str(path), *args]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    return path, done.returncode, done.stdout, time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="files side by side (default: %(default)s)")
+    args, others = parser.parse_known_args()
+    start, failed, todo = time.perf_counter(), [], files()
+    with ThreadPoolExecutor(max(1, args.jobs)) as pool:
+        for done in as_completed([pool.submit(run, p, others) for p in todo]):
+            path, status, said, seconds = done.result()
+            ok = status in (0, NO_TESTS)
+            last = next((line for line in reversed(said.splitlines()) if line.strip()), "(nothing)")
+            if not ok: failed.append(path.name)
+            print(said if not ok else f"{path.name}: {last.strip('= ')}", f"[{seconds:.0f} s]", flush=True)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{len(todo)} files in {minutes:.1f} min: " + (f"FAILED in {', '.join(failed)}" if failed else "all passed"))
+    return bool(failed)
+
+
+if __name__ == "__main__": sys.exit(main())
