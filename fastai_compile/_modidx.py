@@ -503,6 +503,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastai_compile/backends/cuda.py')},
             'fastai_compile.backends.executorch': { 'fastai_compile.backends.executorch.ExecuTorchBackend': ( 'backends/executorch.html#executorchbackend',
                                                                                                               'fastai_compile/backends/executorch.py'),
+                                                    'fastai_compile.backends.executorch.ExecuTorchBackend._make': ( 'backends/executorch.html#executorchbackend._make',
+                                                                                                                    'fastai_compile/backends/executorch.py'),
                                                     'fastai_compile.backends.executorch.ExecuTorchBackend._open': ( 'backends/executorch.html#executorchbackend._open',
                                                                                                                     'fastai_compile/backends/executorch.py'),
                                                     'fastai_compile.backends.executorch.ExecuTorchBackend.compile': ( 'backends/executorch.html#executorchbackend.compile',

@@ -147,6 +147,9 @@ class ExecuTorchBackend:
 
     def compile(self, captured, config):
         backend_options(config, self.name, ())
+        with _no_log(): return self._make(captured)
+
+    def _make(self, captured):
         edge = _edge(captured)
         placement = _placed(edge, 'compiled')
         try:
