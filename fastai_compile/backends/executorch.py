@@ -111,7 +111,7 @@ def _no_log():
 class ExecuTorchRunner:
     "An ExecuTorch method as a function of tensors; calls from many threads take turns"
     def __init__(self, data, placement, threads):
-        self.data, self.placement, self.threads, self.of_pool = data, placement, threads, None
+        self.data, self.placement, self.threads, self.of_pool, self.ran = data, placement, threads, None, False
         with _Pool.lock: self._load()
     def _load(self):
         from executorch.runtime import Runtime, Verification
@@ -124,7 +124,9 @@ class ExecuTorchRunner:
     def __call__(self, xs):
         with _Pool.lock:
             self._load()
-            try: outs = self.method.execute(xs)
+            quiet, self.ran = contextlib.nullcontext() if self.ran else _no_log(), True
+            try:
+                with quiet: outs = self.method.execute(xs)
             except Exception as e:
                 raise BackendError(f'executorch failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
         return [o.contiguous() for o in outs]
