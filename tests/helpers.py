@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from fastai.tabular.all import *
 from fastai.vision.all import *
@@ -23,8 +24,15 @@ from fastai_compile.backends.base import backends, register_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = list(backends())
-RUNS = [n for n, b in backends().items() if b.probe("cpu").usable and not getattr(b, "by_name", "")] # on this machine
+PROBES = {n: b.probe("cpu") for n, b in backends().items()}
+LACKS = {n: f"{n}: {p.reason}. {p.mend}" for n, p in PROBES.items() if not p.usable}
+RUNS = [n for n, b in backends().items() if n not in LACKS and not getattr(b, "by_name", "")]  # on this machine
 COLOURS = ["blue", "green", "grey", "red"]
+
+
+def needs_backend(backend):
+    "Skips a test where this backend cannot run, and says what the machine lacks"
+    return pytest.mark.skipif(backend in LACKS, reason=LACKS.get(backend, ""))
 
 
 def make_images(folder, n=64, size=(36, 40), seed=0):

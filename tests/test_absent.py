@@ -16,11 +16,10 @@ from fastai_compile.backends.tensorrt import TensorRTBackend, _placement, census
 from fastai_compile.capture import TensorSpec, capture
 from fastai_compile.config import make_config
 from fastai_compile.example import Example
-from helpers import assert_close
+from helpers import assert_close, needs_backend
 
 TARGETS = ["inductor:cuda", "tensorrt", "neuron", "neuronx", "onnxruntime:cuda"]
 GPU = CudaBackend().probe("cpu")
-needs_gpu = pytest.mark.skipif(not GPU.usable, reason=f"inductor:cuda: {GPU.reason}. {GPU.mend}")
 
 
 def _probe(name):
@@ -148,7 +147,7 @@ def test_a_device_file_is_no_gpu(tmp_path):
         assert "sees no GPU" in no_gpu((str(tmp_path / "nvidia0"),))[0]
 
 
-@needs_gpu
+@needs_backend("inductor:cuda")
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("precision,off", [("fp32", 1e-5), ("bf16", 0.05), ("fp16", 0.02)])

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fastai_compile import BackendError, ConfigError, open_learner
-from fastai_compile.backends.base import EagerBackend, get_backend
+from fastai_compile.backends.base import EagerBackend
 from fastai_compile.apart import compile_apart
 from fastai_compile.capture import capture
 from fastai_compile.config import make_config
 from fastai_compile.example import example_batch
-from helpers import random_inputs, registered, run
+from helpers import needs_backend, random_inputs, registered, run
 
 
 class Crashes(EagerBackend):
@@ -31,9 +31,9 @@ class Wrong(EagerBackend):
     def compile(self, captured, config): make_config(treads=1)
 
 
+@needs_backend("onnxruntime")
 def test_the_same_file(artifacts, tmp_path):
     kind = "table"
-    if not (p := get_backend("onnxruntime").probe("cpu")).usable: pytest.skip(f"onnxruntime: {p.reason} {p.mend}")
     learn, near = artifacts.learner(kind), artifacts("onnxruntime", kind)
     report = learn.export(tmp_path / "m.pkl", compile="onnxruntime", isolate=True)
     far = open_learner(tmp_path / "m.pkl").model

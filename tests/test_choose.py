@@ -17,11 +17,10 @@ from fastai_compile import (BackendError, BackendUnavailable, CaptureError, Comp
                             GraphBreakError, InputError, NotTrainable, Report, WriteError, available_backends, choose, export,
                             inspect_artifact, open_learner, register_backend)
 from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
-from helpers import (BACKENDS, Wrapped, assert_close, eager_of, make_learner, only, random_inputs, registered, run, small_cnn,
-                     table_learner)
+from helpers import (Wrapped, assert_close, eager_of, make_learner, needs_backend, only, random_inputs, registered, run,
+                     small_cnn, table_learner)
 
-WITH_ONNX = get_backend("onnxruntime").probe("cpu")
-needs_onnx = pytest.mark.skipif(not WITH_ONNX.usable, reason=f"onnxruntime: {WITH_ONNX.reason} {WITH_ONNX.mend}")
+needs_onnx = needs_backend("onnxruntime")
 
 
 class Missing(Wrapped):
@@ -239,11 +238,10 @@ def test_a_torch_compile_backend_without_a_file_format(how, other, tmp_path):
     assert not (tmp_path / "x.pkl").exists()
 
 
-@pytest.mark.skipif("inductor" not in BACKENDS, reason="the backend inductor is not there")
+@needs_backend("inductor")
 def test_a_torch_compiled_model_keeps_its_options(other, tmp_path, monkeypatch):
     "Backend and options of `torch.compile` go into the export; nothing was compiled by `torch.compile` itself"
     b, seen = get_backend("inductor"), []
-    if not (p := b.probe("cpu")).usable: pytest.skip(f"inductor: {p.reason} {p.mend}")
     def compile(captured, config):
         seen.append(dict(config.options))
         return dataclasses.replace(get_backend("eager").compile(captured, dataclasses.replace(config, options={})))

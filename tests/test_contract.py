@@ -18,7 +18,8 @@ from fastai.vision.all import TensorBase, TensorImage, TensorImageBW, nn
 from fastai_compile import (BackendError, CompiledModel, CompileError, InputError, NotTrainable, VerificationError,
                             available_backends)
 from fastai_compile.backends.base import LEVELS, Backend, Payload, Placement, Probe, backends, cpu_threads, get_backend, unmet
-from helpers import (BACKENDS, KINDS, Files, Wrapped, assert_close, eager_of, fresh, random_inputs, registered, run, run_double)
+from helpers import (BACKENDS, KINDS, LACKS, RUNS, Files, Wrapped, assert_close, eager_of, fresh, random_inputs, registered,
+                     run, run_double)
 
 @dataclasses.dataclass
 class Case:
@@ -54,8 +55,8 @@ def case(artifacts, request):
     return _cases[backend, kind]
 
 
-each = pytest.mark.parametrize("case", [pytest.param((b, k), id=f"{b}-{k}") for b in BACKENDS for k in KINDS], indirect=True)
-each_table = pytest.mark.parametrize("case", [pytest.param((b, "table"), id=b) for b in BACKENDS], indirect=True)
+each = pytest.mark.parametrize("case", [pytest.param((b, k), id=f"{b}-{k}") for b in RUNS for k in KINDS], indirect=True)
+each_table = pytest.mark.parametrize("case", [pytest.param((b, "table"), id=b) for b in RUNS], indirect=True)
 
 
 # ---- the Protocol
@@ -71,6 +72,10 @@ def test_protocol(name):
     if not probe.usable: assert probe.mend
     row = next(r for r in available_backends() if r["backend"] == name)
     assert (row["usable"] == "yes") == probe.usable
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_not_run_here(name): pytest.skip(LACKS[name])
 
 
 def test_names_and_costs_are_distinct():
@@ -95,7 +100,7 @@ def test_placement(case):
     assert p.level == "executed" and p.target and not p.elsewhere
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", RUNS)
 def test_coverage_says_so_before_compiling(name, artifacts):
     art = artifacts(name, "table")
     wrapped = Wrapped(name, "covered", key="table")
@@ -514,7 +519,7 @@ FAULTS = {
 }
 MAIN = ["first weight changed", "last weight changed", "outputs permuted", "Normalize missing", "one class shifted",
         "NaN for one input", "fp16 in disguise"]  # the others are the same for every backend: they run with one
-PLANTED = [(b, "table", f) for b in BACKENDS for f in (MAIN if b != "eager" else FAULTS)] + [("eager", "image", f) for f in MAIN]
+PLANTED = [(b, "table", f) for b in RUNS for f in (MAIN if b != "eager" else FAULTS)] + [("eager", "image", f) for f in MAIN]
 
 
 def _late_row(learn):
@@ -676,7 +681,7 @@ answer(status if status is None else os.waitstatus_to_exitcode(status))
 """
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", RUNS)
 def test_predict_in_a_forked_worker(name, artifacts):
     "As with `gunicorn --preload`: loaded and used in the parent, used again in the child"
     code = fresh(FORKED_PREDICT.format(path=str(artifacts(name, "image").path)))

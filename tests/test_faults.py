@@ -13,15 +13,13 @@ import pytest
 from faults import TESTS, damage, in_child, is_clean, kills, make_file
 from fastai_compile import WriteError
 from fastai_compile.artifact import write_artifact, inspect_artifact
-from fastai_compile.backends.base import backends, get_backend
+from helpers import RUNS, needs_backend
 
 FACTS = {"python": "any", "needs": {}, "definitions": [], "name": "old"}
 
 
-@pytest.fixture(scope="module", params=[b for b in backends() if b != "eager"])
+@pytest.fixture(scope="module", params=[b for b in RUNS if b != "eager"])
 def exported(request, tmp_path_factory):
-    probe = get_backend(request.param).probe("cpu")
-    if not probe.usable: pytest.skip(f"{request.param}: {probe.reason}")
     return make_file(tmp_path_factory.mktemp("file"), request.param)
 
 
@@ -180,7 +178,7 @@ print("exported again", flush=True)
 """
 
 
-@pytest.mark.skipif(not get_backend("inductor").probe("cpu").usable, reason="inductor needs Linux and a C++ compiler")
+@needs_backend("inductor")
 @pytest.mark.parametrize("after_s", [1.5])
 def test_ctrl_c_while_the_compiler_runs(tmp_path, after_s):
     "A real SIGINT to the whole process group, as a terminal sends it"

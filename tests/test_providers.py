@@ -18,14 +18,12 @@ from fastai_compile.capture import TensorSpec, capture
 from fastai_compile.config import make_config
 from fastai_compile.errors import BackendError, BackendUnavailable, ConfigError, FallbackError
 from fastai_compile.example import Example
-from helpers import assert_close
+from helpers import assert_close, needs_backend
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install 'fastai_compile[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript is missing: pip install 'fastai_compile[onnx]'")
 AZURE = "AzureExecutionProvider"  # in the stock wheel: it calls a web service, and computes no operator
 needs_azure = pytest.mark.skipif(AZURE not in ort.get_available_providers(), reason=f"this onnxruntime has no {AZURE}")
-OPENVINO = get_backend("onnxruntime:openvino").probe("cpu")
-needs_openvino = pytest.mark.skipif(not OPENVINO.usable, reason=f"onnxruntime:openvino: {OPENVINO.reason}. {OPENVINO.mend}")
 
 
 def captured(net, *xs, max_bs=16):
@@ -182,7 +180,7 @@ class Det(nn.Module):
     def forward(self, x): return torch.linalg.det(x.reshape(-1, 2, 2))
 
 
-@needs_openvino
+@needs_backend("onnxruntime:openvino")
 def test_openvino_runs_everything_or_nothing(cnn):
     backend = get_backend("onnxruntime:openvino")
     run = backend.load(backend.compile(cnn, make_config(backend.name)), "cpu", 1)
@@ -205,7 +203,7 @@ QNN = importlib.util.find_spec("onnxruntime_qnn")
 
 @pytest.mark.skipif(QNN is None, reason="onnxruntime_qnn is missing: pip install onnxruntime-qnn")
 def test_a_plugin_without_its_device_takes_nothing(payload):
-    if get_backend("onnxruntime:qnn").probe("cpu").usable: pytest.skip("this may be a machine that it is for")
+    if get_backend("onnxruntime:qnn").probe("cpu").usable: pytest.skip(f"{platform.machine()} may have a Snapdragon's processor")
     with pytest.raises(FallbackError, match="Conv: 1 on CPUExecutionProvider"):
         get_backend("onnxruntime:qnn").load(payload, "cpu", 1)
 

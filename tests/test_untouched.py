@@ -14,7 +14,7 @@ from fastai.vision.all import (Callback, DataLoader, DataLoaders, L, Learner, Me
                                noop, rmse, set_seed)
 
 from fastai_compile import VerificationError
-from helpers import RUNS, KINDS, Wrapped, make_learner, registered
+from helpers import RUNS, KINDS, Wrapped, make_learner, needs_backend, registered
 
 
 # ---- all that must stay
@@ -256,16 +256,10 @@ HOW = [*[b for b in RUNS if b != "inductor"], "refused", "refused at the end", "
        "interrupted at load", "interrupted at 2", "interrupted at 30"]
 
 
-def _skip_unusable(how):
-    from fastai_compile.backends.base import backends
-    if how in RUNS and not (p := backends()[how].probe("cpu")).usable: pytest.skip(f"{how}: {p.reason} {p.mend}")
-
-
 @pytest.mark.parametrize("fitted", [True, False], ids=["fitted", "fresh"])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("kind", KINDS)
 def test_untouched(kind, how, fitted, image_folder, tmp_path):
-    _skip_unusable(how)
     learn = _prepared(kind, image_folder if kind == "image" else tmp_path, fitted)
     assert (learn.opt is not None) == fitted
     path = tmp_path / "out" / "model.pkl"
@@ -278,9 +272,8 @@ def test_untouched(kind, how, fitted, image_folder, tmp_path):
     assert path.exists() == (how in RUNS) and len(list(path.parent.iterdir())) == (how in RUNS)
 
 
-@pytest.mark.skipif("inductor" not in RUNS, reason="the backend inductor is not there")
+@needs_backend("inductor")
 def test_untouched_by_inductor(tmp_path):
-    _skip_unusable("inductor")
     learn = _prepared("table", tmp_path)
     with _outcome("inductor", learn, tmp_path / "model.pkl") as export:
         before = state_of(learn)
@@ -331,10 +324,10 @@ def _weights_after(kind, folder, export, path, how="eager"):
     return {k: v.clone() for k, v in learn.model.state_dict().items()}, learn
 
 
-@pytest.mark.parametrize("how", ["eager", "onnxruntime", "refused", "interrupted at 2"])
+@pytest.mark.parametrize("how", ["eager", pytest.param("onnxruntime", marks=needs_backend("onnxruntime")), "refused",
+                                 "interrupted at 2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_epoch_is_the_same(kind, how, image_folder, tmp_path):
-    _skip_unusable(how)
     folder = image_folder if kind == "image" else tmp_path
     n = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -94,16 +94,16 @@ if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fo
 def _set_threads(n):
     from executorch.extension.pybindings import portable_lib
     if portable_lib._threadpool_get_thread_count() == n: return
-    portable_lib._unsafe_reset_threadpool(n)
+    with _no_log(): portable_lib._unsafe_reset_threadpool(n)
     _Pool.replaced += 1
 
 @contextlib.contextmanager
 def _no_log():
-    "Without what C++ writes to stderr while the runtime starts: it looks for files that only Android has"
+    "Without what C++ logs (it looks for files that only Android has), to stderr itself or to a notebook's"
     kept = os.dup(2)
     try:
         with open(os.devnull, 'wb') as nowhere: os.dup2(nowhere.fileno(), 2)
-        yield
+        with contextlib.redirect_stderr(io.StringIO()): yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
