@@ -24,7 +24,7 @@ from fastai_compile.capture import capture
 from fastai_compile.config import make_config
 from fastai_compile.example import example_batch
 from fastai_compile.worker_env import worker_info
-from benchmarks.common import RESULTS, child_env, facts, table, where, write
+from benchmarks.common import RESULTS, child_env, facts, parse, table, where, write
 from benchmarks.families_data import build, classifier
 
 OUT = RESULTS / "cerebras.json"
@@ -117,14 +117,12 @@ def describe(data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS),
                         help="what is not run keeps its last result")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
     parser.add_argument("--one", help=argparse.SUPPRESS) # one model in this process, its row on the last line
-    args = parser.parse_args()
+    args = parse(parser, OUT, describe)
+    if args is None: return 0
     warnings.simplefilter("ignore")
-    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
     if args.one: return print("ROW" + json.dumps(lower(args.one))) or 0
     data = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
     data["run"] = facts() | {"worker": (worker_info("cerebras") or {"versions": {}})["versions"]}

@@ -1,6 +1,5 @@
 """From process start to first answer: the stock file and compiled ones, in turn, each time in a fresh process."""
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from fastai_compile.bench import next_item
 from fastai_compile.cold import PARTS, cold_start
 from fastai_compile.contenders import write_stock
 from fastai_compile.stages import bench_items
-from benchmarks.common import RESULTS, facts, table, where, write
+from benchmarks.common import RESULTS, facts, kept, parse, table, where, write
 from benchmarks.families_data import classifier
 from benchmarks.model import _table_learner
 
@@ -70,13 +69,10 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", default=backends, help="default: %(default)s")
     parser.add_argument("--size", type=int, default=224, help="pixels, default: %(default)s")
     parser.add_argument("--runs", type=int, default=7, help="fresh processes for each file, default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
-    args = parser.parse_args()
-    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
+    args = parse(parser, OUT, describe)
+    if args is None: return 0
     warnings.simplefilter("ignore")
-    run, old = facts(), json.loads(args.out.read_text())["results"] if args.out.exists() else []
-    data = {"results": [r for r in old if r["model"] not in args.models]} # What is not measured again keeps its own run
+    run, data = facts(), {"results": kept(args.out, args.models)}
     with tempfile.TemporaryDirectory() as tmp:
         for name in args.models:
             data["results"].append({**measure(name, args.backends, args.size, args.runs, Path(tmp) / name), "run": run})

@@ -1,4 +1,5 @@
 """What every benchmark writes beside its figures: the machine, the versions, the date, the commit, the command."""
+import argparse
 import importlib.metadata
 import json
 import os
@@ -73,6 +74,28 @@ def table(rows: list[dict]) -> str:
     "Rows (dicts of the same keys) as a Markdown table"
     def line(cells): return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
     return "\n".join([line(rows[0]), line("---" for _ in rows[0]), *[line(r.values()) for r in rows]])
+
+
+def noisy(run: dict) -> str:
+    "A warning where other programs ran when a run began, else ''"
+    load = run["load_at_start"]
+    return "" if load < .5 else f"Load {load} at the start: other programs ran, these figures are not final."
+
+
+def parse(parser: argparse.ArgumentParser, out: Path, describe):
+    "The arguments, with `--out`; None where only the table of it was asked for (`--table`): it is printed"
+    parser.add_argument("--out", type=Path, default=out, help="default: %(default)s")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
+    args = parser.parse_args()
+    if not args.table: return args
+    print(describe(json.loads(args.out.read_text())))
+    return None
+
+
+def kept(out: Path, models: list) -> list:
+    "The results of `out` for other models than these: what is not measured again keeps its own run"
+    old = json.loads(out.read_text())["results"] if out.exists() else []
+    return [r for r in old if r["model"] not in models]
 
 
 def child_env() -> dict:

@@ -27,7 +27,7 @@ from torch.utils.data import TensorDataset
 from fastai_compile import (CompileError, GraphBreakCallback, RandomTransformError, find_breaks, find_random, frozen)
 from fastai_compile.reach import difference
 from fastai_compile.timing import interleave, ratio
-from benchmarks.common import RESULTS, facts, table, where, write
+from benchmarks.common import RESULTS, facts, parse, table, where, write
 from benchmarks.families_data import classifier
 
 OUT = RESULTS / "diagnose.json"
@@ -208,11 +208,9 @@ def describe(data: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is not run keeps its last result")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
-    args = parser.parse_args()
-    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
+    args = parse(parser, OUT, describe)
+    if args is None: return 0
     warnings.simplefilter("ignore")
     from helpers import make_images
     run, data = facts(), json.loads(args.out.read_text()) if args.out.exists() else {"runs": {}}

@@ -7,7 +7,6 @@ With `--device cpu` the script tests itself: that is no measurement, and nothing
 """
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from fastai_compile.capture import capture
 from fastai_compile.config import make_config
 from fastai_compile.errors import CompileError
 from fastai_compile.example import Example
-from benchmarks.common import RESULTS, facts, table, where, write
+from benchmarks.common import RESULTS, facts, parse, table, where, write
 
 OUT = RESULTS / "gpu.json"
 EAGER, AOT, GRAPHS = "eager", "inductor AOT", "inductor AOT, CUDA graphs"
@@ -181,10 +180,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few calls, to test this script")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
-    args = parser.parse_args()
-    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
+    args = parse(parser, OUT, describe)
+    if args is None: return 0
     if args.tiny: vars(args).update(models=["tiny"], batches=[2], calls=20, rounds=4, precisions=["fp32"])
     reason, mend = no_gpu()
     if args.device == "cuda" and reason: return print(f"Nothing was measured: {reason}. {mend}", file=sys.stderr) or 1

@@ -5,7 +5,6 @@ second copy of the chosen file runs along: what it differs from the first is the
 """
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import resnet18
 from fastai_compile import BackendUnavailable, open_learner
 from fastai_compile.timing import interleave, ratio
-from benchmarks.common import RESULTS, facts, table, where, write
+from benchmarks.common import RESULTS, facts, kept, parse, table, where, write
 from benchmarks.families_data import classifier
 
 OUT = RESULTS / "model.json"
@@ -171,13 +170,10 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224, help="pixels, default: %(default)s")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s; at least 7 give an interval of 98%%")
     parser.add_argument("--round-s", type=float, default=0.3, help="aim at so many seconds a candidate and round")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
-    args = parser.parse_args()
-    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
+    args = parse(parser, OUT, describe)
+    if args is None: return 0
     warnings.simplefilter("ignore")
-    run, old = facts(), json.loads(args.out.read_text())["results"] if args.out.exists() else []
-    data = {"results": [r for r in old if r["model"] not in args.models]} # What is not measured again keeps its own run
+    run, data = facts(), {"results": kept(args.out, args.models)}
     with tempfile.TemporaryDirectory() as tmp:
         for name in args.models:
             for batch in args.batches:

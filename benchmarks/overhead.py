@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from benchmarks.common import RESULTS, child_env, facts, table, where, write
+from benchmarks.common import RESULTS, child_env, facts, parse, table, where, write
 from benchmarks.families_data import build
 
 MODELS = {"resnet18": "resnet18", "tabular": "tabular_classification"}
@@ -100,12 +100,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json", help="default: %(default)s")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse(parser, RESULTS / "overhead.json", describe)
+    if args is None: return 0
     if args.child: return child(args.child, args.models[0], args.out) or 0
-    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
     data = {"run": facts(), "models": {}}
     with tempfile.TemporaryDirectory() as tmp:
         for model in args.models:

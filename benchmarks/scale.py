@@ -17,7 +17,7 @@ from fastai.vision.all import resnet18, resnet34, resnet50
 from fastai_compile import open_learner
 from fastai_compile.contenders import write_stock
 from fastai_compile.timing import interleave, ratio
-from benchmarks.common import RESULTS, child_env, facts, table, where, write
+from benchmarks.common import RESULTS, child_env, facts, parse, table, where, write
 from benchmarks.families_data import classifier
 from benchmarks.model import _table_learner
 
@@ -131,10 +131,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=list(ARCHS), default=list(ARCHS))
     parser.add_argument("--size", type=int, default=128, help="pixels on the other axes, default: %(default)s")
     parser.add_argument("--seconds", type=float, default=5, help="of timing for each point, default: %(default)s")
-    parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of --out")
-    args = parser.parse_args()
-    if args.table: return print(describe(json.loads(args.out.read_text()))) or 0
+    args = parse(parser, OUT, describe)
+    if args is None: return 0
     warnings.simplefilter("ignore")
     empty = peak_mb("", 0, torch.get_num_threads(), [])
     data = {"run": facts(), "empty_mb": empty, "backend": args.backend, "results": []}

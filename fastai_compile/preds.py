@@ -46,7 +46,7 @@ def table_batches(
     idxs, bs = list(dl.get_idxs()), dl.bs
     ts, in_order = _read(to), idxs == list(range(len(to)))
     if to.with_cont: _check_numbers(to, ts[1])
-    if not in_order: ts = tuple(t[idxs] for t in ts)
+    ts = tuple(t.contiguous() if in_order else t[idxs] for t in ts)
     return [tuple(t[i:i+bs] for t in ts) for i in range(0, len(idxs), bs)]
 
 # %% ../nbs/21_preds.ipynb #29329d78

@@ -30,7 +30,7 @@ def as_row(
 
 # %% ../nbs/21_rows.ipynb #3da9b3ef
 _procs = {Categorify, FillMissing, Normalize, Categorize, EncodedMultiCategorize, RegressionSetup}
-_missing = object()
+_FLOAT32 = float(np.finfo(np.float32).max)
 
 def why_not_coded(
     to, # `Tabular` of the learner
@@ -68,6 +68,7 @@ class RowCoder:
         self.means = np.array([norm.means[c] for c in own]) if own else None
         self.stds = np.array([norm.stds[c] for c in own]) if own else None
         self.as_objects = (self.means.astype(object), self.stds.astype(object)) if own else None
+        self.as_floats = (self.means.tolist(), self.stds.tolist()) if own else None
         self.needed = [c for c in self.cats if c not in self.flags] + self.conts
         self.known, self.index, self.filled = {}, None, {} # known: {kind of row: whether it is exact}
 
@@ -119,7 +120,7 @@ class RowCoder:
         raise InvalidInput(row, f'column {self.conts[i]!r} holds {vals[at[i]]!r}, and the answer would be NaN: pass a finite '
                            'number, or use `with stock_input():` for what fastai does')
 
-    def _kind(self, vals, cat_at, cont_at, missing):
+    def _kind(self, vals, cont_at, missing):
         return (vals.dtype, tuple(map(type, vals[cont_at])), missing.tobytes())
 
     def _wrong_type(self, row, vals, at, e):
@@ -128,20 +129,30 @@ class RowCoder:
         v = vals[at[bad]]
         return InvalidInput(row, f'column {self.conts[bad]!r} holds {v!r}, a {type(v).__name__}: pass a number')
 
+    def _usual(self, vals, at):
+        "The numbers where all are finite Python floats, in Python's arithmetic, which is that of pandas here; else None"
+        xs = [vals[p] for p in at]
+        if not all([type(x) is float for x in xs]): return None
+        if self.means is not None: xs = [(x-m)/s for x, m, s in zip(xs, *self.as_floats)]
+        return np.array(xs, dtype=np.float32) if all([-_FLOAT32 < x < _FLOAT32 for x in xs]) else None
+
     def _coded(self, row):
         "(codes, numbers, kind of the row)"
         cat_at, cont_at = self._columns(row)
-        vals = row.to_numpy()
+        vals, missing = row.to_numpy(), ()
         if vals.dtype.kind not in 'fiubO': vals = vals.astype(object)
-        try: nums, missing = self._numbers(row, vals, cont_at)
-        except InvalidInput: raise
-        except (TypeError, ValueError, OverflowError) as e: raise self._wrong_type(row, vals, cont_at, e) from e
-        self._check(row, vals, cont_at, nums)
-        gaps = dict(zip(self.conts, missing)) if self.flags else {}
-        dtype = row.dtype
-        codes = [self._code(c, bool(gaps[self.flags[c]]), bool) if c in self.flags else self._code(c, vals[p], dtype)
+        nums = self._usual(vals, cont_at) if vals.dtype == object else None
+        kind = (vals.dtype, 'usual')
+        if nums is None:
+            try: nums, missing = self._numbers(row, vals, cont_at)
+            except InvalidInput: raise
+            except (TypeError, ValueError, OverflowError) as e: raise self._wrong_type(row, vals, cont_at, e) from e
+            self._check(row, vals, cont_at, nums)
+            kind = self._kind(vals, cont_at, missing)
+        gaps, dtype = dict(zip(self.conts, missing)) if self.flags else {}, row.dtype
+        codes = [self._code(c, bool(gaps.get(self.flags[c])), bool) if c in self.flags else self._code(c, vals[p], dtype)
                  for c, p in zip(self.cats, cat_at)]
-        return codes, nums, self._kind(vals, cat_at, cont_at, missing)
+        return codes, nums, kind
 
     def by_fastai(self, row):
         "The tensors that fastai makes of it"

@@ -144,8 +144,11 @@ def _table_rows(learn, rows, bs):
     _check_frame(learn.dls.train_ds, df)
     preds, _, dec = learn.get_preds(dl=learn.dls.test_dl(df, bs=bs), with_decoded=True)
     vocab = getattr(learn.dls, 'vocab', None) if len(learn.dls.train_ds.y_names) == 1 else None
-    names = [vocab[int(i)] for i in dec] if vocab is not None and dec.ndim == 1 and not dec.is_floating_point() else list(dec)
-    return list(zip(names, dec, preds))
+    each = dec.unbind()
+    if vocab is None or dec.ndim != 1 or dec.is_floating_point(): return list(zip(each, each, preds.unbind()))
+    codes = dec.tolist()
+    names = {i: vocab[i] for i in set(codes)}
+    return list(zip([names[i] for i in codes], each, preds.unbind()))
 
 def _table_answers(learn, rows, bs, errors):
     try: return _table_rows(learn, rows, bs)

@@ -78,7 +78,7 @@ def test_wheel_declares_requirements_and_extras(distributions):
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert {r.split()[1].split("<")[0].split(">")[0] for r in required} == {"fastai", "torch", "cloudpickle"}
     extras = {line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra:")}
-    assert extras == {"onnx", "dev", "all"}
+    assert extras == {"onnx", "openvino", "executorch", "coreml", "workers", "bench", "dev", "all"}
 
 
 def test_wheel_installs_and_imports(distributions, tmp_path):

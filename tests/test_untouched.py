@@ -54,7 +54,7 @@ LOGGERS = ("", "torch", "torch._inductor", "torch._dynamo", "torch.onnx", "onnxs
 
 def _process():
     return {"threads": torch.get_num_threads(), "grad": torch.is_grad_enabled(), "dtype": torch.get_default_dtype(),
-            "environment": dict(os.environ), "folder": os.getcwd(), "warnings": list(warnings.filters),
+            **{f"${k}": v for k, v in os.environ.items()}, "folder": os.getcwd(), "warnings": list(warnings.filters),
             "deterministic": torch.are_deterministic_algorithms_enabled(), "mkldnn": torch.backends.mkldnn.enabled,
             "log levels": {n: logging.getLogger(n).level for n in LOGGERS}, "logging": logging.root.manager.disable}
 

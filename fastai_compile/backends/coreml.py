@@ -10,7 +10,7 @@ import contextlib, importlib.metadata, importlib.util, io, json, logging, sys, t
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
-from .base import Payload, Placement, Probe, backend_options, register_backend
+from .base import Payload, Placement, Probe, aten_count, backend_options, register_backend
 from .nan import keep_nan
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
@@ -124,7 +124,7 @@ class CoreMLBackend:
     def coverage(self, captured, config):
         if importlib.util.find_spec('coremltools') is None: return Placement(_TARGET, 'lowered')
         program = _aten(captured)
-        n = sum(isinstance(n.target, torch._ops.OpOverload) for n in program.graph.nodes)
+        n = aten_count(program)
         return Placement(_TARGET, 'lowered', {'ATen': n}, _refused(program))
 
     def compile(self, captured, config):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import nn
-from .base import Payload, Placement, Probe, backend_options, host, register_backend
+from .base import Payload, Placement, Probe, aten_count, backend_options, host, register_backend
 from .inductor import _compiler, _unpacked, _why
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
@@ -192,7 +192,7 @@ class CudaBackend:
         return Probe(True, f'PyTorch {torch.__version__}, CUDA {torch.version.cuda}')
 
     def coverage(self, captured, config):
-        n = sum(isinstance(n.target, torch._ops.OpOverload) for n in captured.program.graph.nodes)
+        n = aten_count(captured.program)
         return Placement('inductor on CUDA', 'lowered', {'ATen': n})
 
     def compile(self, captured, config):
@@ -209,7 +209,7 @@ class CudaBackend:
                  'inputs': [(str(s.dtype)[6:], list(s.shape[1:])) for s in captured.inputs],
                  'graphs': list(sizes_up_to(choice['graph_up_to'])) if choice['cuda_graphs'] and fixed else [],
                  'batched': [o.batched for o in captured.outputs]}
-        n = sum(isinstance(n.target, torch._ops.OpOverload) for n in program.graph.nodes)
+        n = aten_count(program)
         return Payload(self.name, {'model.pt2': data, 'about.json': to_payload_bytes(json.dumps(about).encode())},
                        needs={k: v for k, v in host().items() if k in ('torch', 'system', 'machine')},
                        placement=Placement('inductor on CUDA', 'compiled', {'CUDA': n}, elsewhere),

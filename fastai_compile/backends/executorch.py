@@ -98,6 +98,14 @@ def _set_threads(n):
     _Pool.replaced += 1
 
 @contextlib.contextmanager
+def _environment_kept():
+    "Importing it sets variables for the whole process (such as OPENVINO_LIB_PATH): they are taken back"
+    before = set(os.environ)
+    try: yield
+    finally:
+        for k in set(os.environ) - before: os.environ.pop(k, None)
+
+@contextlib.contextmanager
 def _no_log():
     "Without what C++ logs (it looks for files that only Android has), to stderr itself or to a notebook's"
     kept = os.dup(2)
@@ -142,6 +150,9 @@ class ExecuTorchBackend:
     def coverage(self, captured, config):
         "Lowers the graph, which takes most of the time of compiling"
         if importlib.util.find_spec('executorch') is None: return Placement(_TARGET, 'lowered')
+        with _environment_kept(): return self._covered(captured)
+
+    def _covered(self, captured):
         with _silent(): lost = _no_kernel(captured.program)
         no = 'neither an XNNPACK nor a portable kernel'
         if lost: return Placement(_TARGET, 'lowered', elsewhere=dict.fromkeys(lost, no))
@@ -149,7 +160,7 @@ class ExecuTorchBackend:
 
     def compile(self, captured, config):
         backend_options(config, self.name, ())
-        with _no_log(): return self._make(captured)
+        with _no_log(), _environment_kept(): return self._make(captured)
 
     def _make(self, captured):
         edge = _edge(captured)
@@ -166,7 +177,7 @@ class ExecuTorchBackend:
                        needs={'packages': {'executorch': _OLDEST}}, choices={'options': {}, 'planned_mb': memory/1e6})
 
     def load(self, payload, device, threads):
-        with _no_log(): return self._open(payload, threads)
+        with _no_log(), _environment_kept(): return self._open(payload, threads)
 
     def _open(self, payload, threads):
         try: from executorch.runtime import Runtime

@@ -10,7 +10,8 @@ import os, re, shlex, shutil, sys, tempfile, time, zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np, torch
-from .base import Payload, Placement, Probe, backend_options, cpu_threads, host, register_backend, torch_threads
+from .base import (Payload, Placement, Probe, aten_count, backend_options, cpu_threads, host,
+                                          register_backend, torch_threads)
 from ..capture import quiet
 from ..config import nearest
 from ..errors import BackendError, BackendUnavailable, ConfigError
@@ -190,7 +191,7 @@ class InductorBackend:
         return Probe(True, f'PyTorch {torch.__version__}, {Path(shlex.split(cxx)[0]).name}')
 
     def coverage(self, captured, config):
-        n = sum(isinstance(n.target, torch._ops.OpOverload) for n in captured.program.graph.nodes)
+        n = aten_count(captured.program)
         return Placement('inductor on CPU', 'lowered', {'ATen': n})
 
     def compile(self, captured, config):

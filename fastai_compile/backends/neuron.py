@@ -10,7 +10,8 @@ import copy, importlib.metadata, io, json, platform, sys, tempfile, threading
 from pathlib import Path
 import torch
 from packaging.version import Version
-from .base import (LEVELS, Payload, Placement, Probe, backend_options, register_backend, torch_version)
+from .base import (LEVELS, Payload, Placement, Probe, aten_count, backend_options, register_backend,
+                                          torch_version)
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
 from ..config import nearest
@@ -90,7 +91,7 @@ class NeuronBackend:
         return Probe(False, reason, self.mend) if reason else Probe(True, f'torch-neuronx {_version()}')
 
     def coverage(self, captured, config):
-        n = sum(isinstance(n.target, torch._ops.OpOverload) for n in captured.program.graph.nodes)
+        n = aten_count(captured.program)
         return Placement(self.target, 'lowered', {'ATen, not asked of the compiler': n})
 
     def _usable(self):

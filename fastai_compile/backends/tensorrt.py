@@ -12,8 +12,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 import torch
 from packaging.version import Version
-from .base import (Payload, Placement, Probe, backend_options, check_placement, host, register_backend,
-                                          torch_version)
+from .base import (Payload, Placement, Probe, aten_count, backend_options, check_placement, host,
+                                          register_backend, torch_version)
 from .cuda import PRECISIONS, Cast, no_gpu, recast
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
@@ -92,7 +92,7 @@ class TensorRTBackend:
 
     def coverage(self, captured, config):
         "With Torch-TensorRT a dry run; without it, how many operators there are and that nobody asked"
-        ops = sum(isinstance(n.target, torch._ops.OpOverload) for n in captured.program.graph.nodes)
+        ops = aten_count(captured.program)
         if not self.probe('cpu').usable: return Placement(self.name, 'lowered', {'ATen, not asked of TensorRT': ops})
         *_, many = self._programs(captured, self._choice(config), config)
         engines, loose = census(self._compile(*many, self._choice(config), True, dryrun=True))
