@@ -57,7 +57,7 @@ def measure(model: str, n: int, threads: int, rounds: int) -> dict:
         answers = {k: f() for k, f in fns.items()}
         first = next(iter(answers.values()))
         off = {k: (first - a).abs().max().item() for k, a in answers.items()}
-        assert not any(v for k, v in off.items() if k != OTHER) and off.get(OTHER, 0) < 1e-5, f"{model}: the answers differ: {off}"
+        assert all(v < 1e-5 if k == OTHER else v == 0 for k, v in off.items()), f"{model}: the answers differ: {off}"
         times = interleave(fns, rounds=rounds, most=rounds, max_calls=1, budget_s=1e9)
     best = min((k for k in fns if k.startswith("fastai")), key=lambda k: times[k].median_ms)
     def ratios(k):

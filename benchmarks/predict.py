@@ -1,11 +1,11 @@
 """One item end to end: fastai's `learn.predict`, ours, and scripts by hand, in one interleaved run.
 
-The item is a file on disk (a photograph that comes with scikit-learn), a row of a table, two users with their films (fastai fails on one), or a text.
-`stock` is fastai's own method around the same compiled model, so that what differs is what stands around the model; `eager`
-is fastai with PyTorch's model; `by hand` are scripts for the answer alone, as the tutorials of ONNX Runtime and OpenVINO
-write them; `fastinference` is the way of that package. Ours equals `stock` bit for bit: that is checked before anything
-is timed, and the scripts by hand must agree within 1e-3. Decoding, resizing and the model alone run along: what ours takes
-beyond them is its overhead.
+The item is a file on disk (a photograph that comes with scikit-learn), a row of a table, two users with their films
+(fastai fails on one), or a text. `stock` is fastai's own method around the same compiled model, so that what differs is
+what stands around the model; `eager` is fastai with PyTorch's model; `by hand` are scripts for the answer alone, as the
+tutorials of ONNX Runtime and OpenVINO write them; `fastinference` is the way of that package. Ours equals `stock` bit for
+bit: that is checked before anything is timed, and the scripts by hand must agree within 1e-3. Decoding, resizing and the
+model alone run along: what ours takes beyond them is its overhead.
 """
 import argparse
 import sys

@@ -28,20 +28,24 @@ def name_of(
     if isinstance(item, (np.ndarray, torch.Tensor)): return f'{type(item).__name__} {list(item.shape)} {item.dtype}'
     name = getattr(item, 'name', None)
     if hasattr(item, 'read'): return f'{type(item).__name__} {name!r}' if isinstance(name, str) else type(item).__name__
-    if hasattr(item, 'index') and hasattr(item, 'to_frame'): return f'row {name!r}'
+    if hasattr(item, 'index') and hasattr(item, 'to_frame'): return 'a row' if name is None else f'row {name!r}'
     text = ' '.join(repr(item).split())
     return text if len(text) <= most else text[:most-3]+'...'
+
+def _cut(text, most): return text if len(text) <= most else text[:most-3]+'...'
 
 class InvalidInput(InputError):
     "An item that no right answer can be given for"
     def __init__(self,
-        item,   # The item, or its name
-        reason, # Why, and what to pass instead
+        item,      # The item, or its name
+        reason='', # Why, and what to pass instead; '' where `item` says all, as when PyTorch raises it again for a worker
+        at=None,   # Position in a table
     ):
         self.item = item if isinstance(item, str) else name_of(item)
-        self.reason = reason
-        super().__init__(f'{self.item}: {reason}')
-    def __reduce__(self): return type(self), (self.item, self.reason)
+        if reason: self.item, reason = _cut(self.item, 200), _cut(str(reason), 1000)
+        self.reason, self.at = reason, at
+        super().__init__(f'{self.item}: {reason}' if reason else self.item)
+    def __reduce__(self): return type(self), (self.item, self.reason, self.at)
 
 # %% ../nbs/20_items.ipynb #b9bb1b0d
 _stock = ContextVar('stock_input', default=False)
@@ -122,6 +126,11 @@ def _from_pil(im, item, cls):
     except (OSError, SyntaxError, ValueError, EOFError, AssertionError) as e:
         raise InvalidInput(item, f'cannot be read as a picture: {e or "its file was closed"}') from e
 
+def _by_fastai(item, cls):
+    try: return cls.create(item.copy() if isinstance(item, Image.Image) else item)
+    except (OSError, SyntaxError, ValueError, TypeError, AssertionError) as e:
+        raise InvalidInput(item, f'fastai cannot make a picture of it: {e or type(e).__name__}') from e
+
 def open_image(
     item,     # Path, bytes, file object, `PIL.Image`, array or tensor
     cls=None, # Class of the result, a `PILBase`; None: `PILImage`
@@ -129,6 +138,7 @@ def open_image(
     "An image as `cls.create` opens it, with every way that gives another picture refused. Raises `InvalidInput`"
     if cls is None:
         from fastai.vision.core import PILImage as cls
+    if is_stock_input() and isinstance(item, (Image.Image, np.ndarray, torch.Tensor)): return _by_fastai(item, cls)
     if isinstance(item, PILBase) and isinstance(item, cls) and item.mode == cls._open_args.get('mode', item.mode): return item
     if isinstance(item, Image.Image): return cls(_from_pil(item, item, cls))
     if isinstance(item, torch.Tensor): im = Image.fromarray(_array(_from_tensor(item, item), item))

@@ -26,7 +26,7 @@ from .reach import functions_of
 # %% ../nbs/20_lanes.ipynb #2946b0e8
 _PIPES = 'after_item', 'before_batch', 'after_batch'
 _plain = (str, bytes, int, float, bool, type(None), tuple, list, dict, L, Path, torch.Tensor, np.ndarray, np.generic, enum.Enum,
-          CategoryMap, torch.dtype, torch.device, type, types.FunctionType, types.BuiltinFunctionType, functools.partial)
+          CategoryMap, torch.dtype, torch.device, type, types.BuiltinFunctionType)
 
 def clone(
     o, # Any object with a `__dict__`
@@ -47,7 +47,11 @@ def is_simple(
     own = {k: v for k, v in vars(tfm).items() if k not in ('encodes', 'decodes', '__signature__')}
     code = [f for n in ('encodes', 'decodes') for f in functions_of(getattr(tfm, n, None))]
     if not _of_fastai(type(tfm)) or not all(_of_fastai(f) for f in code): return False
-    return isinstance(tfm, (AffineCoordTfm, SpaceTfm)) or all(isinstance(v, _plain) for v in own.values())
+    return isinstance(tfm, (AffineCoordTfm, SpaceTfm)) or all(map(_is_plain, own.values()))
+
+def _is_plain(v):
+    if isinstance(v, (types.FunctionType, functools.partial)): return _of_fastai(getattr(v, 'func', v)) # may remember anything
+    return isinstance(v, _plain)
 
 class Opener:
     "Stands where `cls.create` stood in a pipeline"
@@ -69,6 +73,8 @@ def image_class(
     return cls if code == PILBase.create.__func__.__code__ else None
 
 # %% ../nbs/20_lanes.ipynb #5708419b
+_cropping = {n: getattr(Image.Image, n) for n in ('crop_pad', '_do_crop_pad', 'crop', 'resize')}
+
 class Resizer:
     "Stands where a `Resize` stood in a pipeline"
     def __init__(self, tfm): self.tfm = tfm
@@ -79,6 +85,7 @@ class Resizer:
         return (res,) if im is not x else res
     def _resized(self, im):
         "The picture, or None where it would be padded"
+        if any(getattr(type(im), n) is not f for n, f in _cropping.items()): return None
         tfm, (w, h) = self.tfm, Image.Image.size.fget(im)
         to_w, to_h = tfm.size
         if tfm.method == ResizeMethod.Squish: crop_w, crop_h = w, h
@@ -95,8 +102,9 @@ def is_resize(
     tfm, # A step of a pipeline
 )->bool:
     "Whether this is the `Resize` of fastai, which runs always and crops with fastai's own `crop_pad`"
-    own = all(_of_fastai(getattr(Image.Image, n)) for n in ('crop_pad', '_do_crop_pad'))
-    return type(tfm) is Resize and tfm.p == 1. and own and all(map(_of_fastai, functions_of(tfm.encodes)))
+    if type(tfm) is not Resize or tfm.p != 1. or 'before_call' in vars(tfm): return False
+    code = [Resize.before_call, _cropping['crop_pad'], _cropping['_do_crop_pad'], *functions_of(tfm.encodes)]
+    return all(map(_of_fastai, code))
 
 # %% ../nbs/20_lanes.ipynb #23808a2f
 def is_idle(

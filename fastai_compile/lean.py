@@ -11,6 +11,8 @@ from fastai.tabular.learner import TabularLearner
 from fastcore.meta import delegates
 from .predict import lean_predict, plan_of, why_not_lean
 from .preds import lean_get_preds, why_not_gathered
+from .errors import CompileError
+from .items import InvalidInput
 from .rows import as_row, lean_predict_row, row_plan
 from .stream import predict_many
 
@@ -25,13 +27,18 @@ def _predict(self:Learner, item, rm_type_tfms=None, with_input=False):
     if plan is None or row_plan(plan): return _stock_predict(self, item, rm_type_tfms, with_input)
     return lean_predict(self, plan, item, rm_type_tfms, with_input)
 
+def _by_fastai(learn, row):
+    try: return _stock_row(learn, row)
+    except Exception as e: raise e if isinstance(e, CompileError) else InvalidInput(row, f'{type(e).__name__}: {e}') from e
+
 def _predict_row(self:TabularLearner,
     row, # Features to be predicted: a Series; for a compiled learner also a dict or a frame of one row
 ):
     "Predict on a single sample: as fastai's, and on a compiled learner without its frames. Raises `InvalidInput`"
     plan = plan_of(self)
     rows = row_plan(plan) if plan else None
-    if rows is None or rows.why: return _stock_row(self, row if plan is None else as_row(row))
+    if not plan: return _stock_row(self, row)
+    if rows is None or rows.why: return _by_fastai(self, as_row(row))
     return lean_predict_row(self, rows, row)
 
 @delegates(_stock_get_preds)

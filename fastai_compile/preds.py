@@ -6,7 +6,8 @@
 __all__ = ['table_batches', 'why_not_gathered', 'lean_get_preds']
 
 # %% ../nbs/21_preds.ipynb #02ae9357
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.data.load import DataLoader
@@ -27,11 +28,12 @@ def _read(to):
     ys = [n for n in to.y_names if n in to.items.columns]
     return res + (tensor(to.targ),) if len(ys) == len(to.y_names) else res
 
-def _check_numbers(to, conts):
+def _check_numbers(to, conts, idxs):
     if is_stock_input() or conts.isfinite().all(): return
     i, j = (~conts.isfinite()).nonzero()[0].tolist()
+    i = idxs[i]
     raise InvalidInput(f'row {i}', f'column {to.cont_names[j]!r} is not a finite number, and the answer would be NaN: mend it, '
-                       'or use `with stock_input():` for what fastai does')
+                       'or use `with stock_input():` for what fastai does', at=i)
 
 def table_batches(
     dl, # Loader of a `TabularPandas`
@@ -43,10 +45,12 @@ def table_batches(
     own = [n for n in own if len(getattr(getattr(dl, n), 'fs', [1]))]
     if not plain or own or not isinstance(to, TabularPandas) or type(to).iloc is not TabularPandas.iloc: return None
     if to.device is not None and torch.device(to.device).type != 'cpu': return None
+    dl.randomize() # as its own loop begins
     idxs, bs = list(dl.get_idxs()), dl.bs
+    if not idxs: return []
     ts, in_order = _read(to), idxs == list(range(len(to)))
-    if to.with_cont: _check_numbers(to, ts[1])
     ts = tuple(t.contiguous() if in_order else t[idxs] for t in ts)
+    if to.with_cont: _check_numbers(to, ts[1], idxs)
     return [tuple(t[i:i+bs] for t in ts) for i in range(0, len(idxs), bs)]
 
 # %% ../nbs/21_preds.ipynb #29329d78
@@ -71,8 +75,15 @@ def _own_loader(dl, lock):
     res.fake_l = type(old)(res, old.pin_memory, old.num_workers, old.timeout, old.persistent_workers, old.pin_memory_device)
     return res, lock if share else nullcontext()
 
-def _losses(learn, pred, yb):
-    loss = learn.loss_func(pred, *yb)
+@contextmanager
+def _not_reduced(learn, loss_func):
+    "The loss of each row. fastai swaps a function that has no `reduction` on the learner, which other threads would see"
+    if not hasattr(loss_func, 'reduction'): yield partial(loss_func, reduction='none')
+    else:
+        with learn.loss_not_reduced(): yield loss_func
+
+def _losses(loss_func, pred, yb):
+    loss = loss_func(pred, *yb)
     n = find_bs(yb)
     return (loss if loss.numel() == n else loss.view(n, -1).mean(1)).detach().cpu()
 
@@ -80,10 +91,10 @@ class _Gathered:
     "What `GatherPredsCallback` gathers"
     def __init__(self, with_input, with_loss, with_preds=True, with_targs=True, concat_dim=0):
         self.flags, self.dim = (with_input, with_preds, with_targs, with_loss), concat_dim
-        self.lists = [], [], [], []
+        self.lists, self.loss_func = ([], [], [], []), None
     def add(self, learn, plan, b):
         inputs, preds, targs, (pred, yb) = forward(learn, plan, b)
-        loss = _losses(learn, pred, yb) if self.flags[3] else None
+        loss = _losses(self.loss_func, pred, yb) if self.flags[3] else None
         for keep, xs, x in zip(self.flags, self.lists, (inputs, preds, targs, loss)):
             if keep: xs.append(x)
     def all(self):
@@ -94,11 +105,12 @@ class _Gathered:
 
 def _run(learn, plan, dl, gathered, with_loss):
     batches = table_batches(dl) if isinstance(dl, DataLoader) and isinstance(dl.dataset, TabularPandas) else None
-    dl, hold = (batches, nullcontext()) if batches is not None else _own_loader(dl, plan.lock)
-    shows = len(dl) > 1 and any(isinstance(cb, ProgressCallback) for cb in learn.cbs.items)
+    own, hold = (batches, nullcontext()) if batches is not None else _own_loader(dl, plan.lock)
+    shows = len(own) > 1 and any(isinstance(cb, ProgressCallback) for cb in learn.cbs.items)
     with plan.lock if with_loss and hold is not plan.lock else nullcontext(), hold:
-        with learn.loss_not_reduced() if with_loss else nullcontext():
-            for b in progress_bar(dl, leave=False) if shows else dl: gathered.add(learn, plan, b)
+        with _not_reduced(learn, plan.loss_func) if with_loss else nullcontext() as gathered.loss_func:
+            for b in progress_bar(own, leave=False) if shows else own: gathered.add(learn, plan, b)
+    if isinstance(own, DataLoader): dl.rng = own.rng
 
 def lean_get_preds(
     learn, # Learner with a plan
@@ -115,10 +127,12 @@ def lean_get_preds(
         dl = dl.new(get_idxs=_ConstantFunc(idxs))
     gathered = _Gathered(with_input, with_loss, **kwargs)
     _run(learn, plan, dl, gathered, with_loss)
-    if act is None: act = getcallable(learn.loss_func, 'activation')
+    loss_func = plan.loss_func
+    if with_loss and not hasattr(loss_func, 'reduction'): loss_func = None # fastai finds neither in what it puts there
+    if act is None: act = getcallable(loss_func, 'activation')
     res, i = gathered.all(), 1 if with_input else 0
     if res[i] is not None:
         res[i] = act(res[i])
-        if with_decoded: res.insert(i+2, getcallable(learn.loss_func, 'decodes')(res[i]))
+        if with_decoded: res.insert(i+2, getcallable(loss_func, 'decodes')(res[i]))
     if idxs is not None: res = nested_reorder(res, tensor(idxs).argsort())
     return tuple(res)

@@ -91,11 +91,13 @@ class RowCoder:
         "The code of one category, by pandas, once"
         codes = self.codes[c]
         try: key = (dtype, type(v), v if v == v else 'nan')
-        except (TypeError, ValueError): key = (dtype, type(v), 'nan') # pd.NA has no truth
-        try: got = codes.get(key)
-        except TypeError: raise InvalidInput(f'column {c!r}', f'a {type(v).__name__} is no category') from None
-        if got is not None: return got
-        got = int(pd.Categorical(pd.Series([v], dtype=dtype), categories=self.classes[c][1:]).codes[0]) + 1
+        except (TypeError, ValueError, RuntimeError): key = (dtype, type(v), 'nan') # pd.NA has no truth
+        try:
+            got = codes.get(key)
+            if got is not None: return got
+            got = int(pd.Categorical(pd.Series([v], dtype=dtype), categories=self.classes[c][1:]).codes[0]) + 1
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as e:
+            raise InvalidInput(f'column {c!r}', f'a {type(v).__name__} is no category') from e
         if len(codes) < self.limit: codes[key] = got
         return got
 
@@ -120,9 +122,6 @@ class RowCoder:
         raise InvalidInput(row, f'column {self.conts[i]!r} holds {vals[at[i]]!r}, and the answer would be NaN: pass a finite '
                            'number, or use `with stock_input():` for what fastai does')
 
-    def _kind(self, vals, cont_at, missing):
-        return (vals.dtype, tuple(map(type, vals[cont_at])), missing.tobytes())
-
     def _wrong_type(self, row, vals, at, e):
         bad = next((i for i, p in enumerate(at) if not isinstance(vals[p], (numbers.Number, np.generic, type(None)))), None)
         if bad is None: return InvalidInput(row, f'{type(e).__name__}: {e}')
@@ -142,13 +141,13 @@ class RowCoder:
         vals, missing = row.to_numpy(), ()
         if vals.dtype.kind not in 'fiubO': vals = vals.astype(object)
         nums = self._usual(vals, cont_at) if vals.dtype == object else None
-        kind = (vals.dtype, 'usual')
+        kind = (row.dtype, 'usual')
         if nums is None:
             try: nums, missing = self._numbers(row, vals, cont_at)
             except InvalidInput: raise
             except (TypeError, ValueError, OverflowError) as e: raise self._wrong_type(row, vals, cont_at, e) from e
             self._check(row, vals, cont_at, nums)
-            kind = self._kind(vals, cont_at, missing)
+            kind = (row.dtype, vals.dtype, tuple(map(type, vals[cont_at])), missing.tobytes())
         gaps, dtype = dict(zip(self.conts, missing)) if self.flags else {}, row.dtype
         codes = [self._code(c, bool(gaps.get(self.flags[c])), bool) if c in self.flags else self._code(c, vals[p], dtype)
                  for c, p in zip(self.cats, cat_at)]
@@ -156,10 +155,12 @@ class RowCoder:
 
     def by_fastai(self, row):
         "The tensors that fastai makes of it"
-        to = self.to.new(row.to_frame().T)
-        to.process()
-        if len(to.cont_names): to.conts = to.conts.astype(np.float32)
-        return _plain(to.cats, np.int64), _plain(to.conts, np.float32)
+        try:
+            to = self.to.new(row.to_frame().T)
+            to.process()
+            if len(to.cont_names): to.conts = to.conts.astype(np.float32)
+            return _plain(to.cats, np.int64), _plain(to.conts, np.float32)
+        except Exception as e: raise InvalidInput(row, f'fastai cannot process it: {type(e).__name__}: {e}') from e
 
     def __call__(self, row):
         "(categories of shape (1, n), numbers of shape (1, m)). Raises `InvalidInput`"
@@ -168,7 +169,7 @@ class RowCoder:
         if kind not in self.known:
             want = self.by_fastai(row)
             if len(self.known) > 1000: self.known.clear()
-            self.known[kind] = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(res, want))
+            self.known[kind] = all(a.shape == b.shape and ((a == b) | (a.isnan() & b.isnan())).all() for a, b in zip(res, want))
         return res if self.known[kind] else self.by_fastai(row)
 
 # %% ../nbs/21_rows.ipynb #b3f84a67
@@ -218,6 +219,6 @@ def lean_predict_row(
     b = rows.tensors(row)
     try: inp, preds, *_ = forward(learn, rows.plan, b)
     except InputError as e: raise InvalidInput(row, str(e)) from e
-    preds = getcallable(learn.loss_func, 'activation')(gather(preds))
-    dec_preds = getcallable(learn.loss_func, 'decodes')(preds)
+    preds = getcallable(rows.plan.loss_func, 'activation')(gather(preds))
+    dec_preds = getcallable(rows.plan.loss_func, 'decodes')(preds)
     return rows.decoded((*tuplify(inp), *tuplify(dec_preds))), dec_preds[0], preds[0]

@@ -10,7 +10,9 @@ import itertools, os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-import pandas as pd, torch
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from PIL import Image
 from fastai.callback.progress import ProgressCallback
 from fastai.tabular.core import Categorify, Tabular
 from fastai.text.data import SortedDL
@@ -18,7 +20,7 @@ from fastcore.basics import detuplify, getcallable, tuplify
 from fastprogress.fastprogress import progress_bar
 from .errors import ConfigError
 from .items import InvalidInput, is_stock_input
-from .predict import Plan, forward, gather, plan_of
+from .predict import forward, gather, stream_plan
 
 # %% ../nbs/22_stream.ipynb #29d65a38
 def in_order(
@@ -32,13 +34,19 @@ def in_order(
         yield from map(f, items)
         return
     with ThreadPoolExecutor(workers, thread_name_prefix='predict_many') as pool:
-        waiting, it = deque(), iter(items)
+        waiting, it, broken = deque(), iter(items), None
+        def submit(n):
+            for o in itertools.islice(it, n): waiting.append(pool.submit(copy_context().run, f, o))
         try:
-            for o in itertools.islice(it, ahead): waiting.append(pool.submit(copy_context().run, f, o))
+            try: submit(ahead)
+            except Exception as e: broken = e
             while waiting:
                 res = waiting.popleft().result()
-                waiting.extend(pool.submit(copy_context().run, f, o) for o in itertools.islice(it, 1))
+                try:
+                    if broken is None: submit(1)
+                except Exception as e: broken = e # What was read before comes first
                 yield res
+            if broken is not None: raise broken
         finally:
             for w in waiting: w.cancel()
 
@@ -55,15 +63,17 @@ def _decoded(learn, inp, dec_preds, dec, n, short):
 def _at(o, i):
     "Sample `i` of a batch of outputs"
     if isinstance(o, torch.Tensor): return o[i]
-    return {k: _at(v, i) for k, v in o.items()} if isinstance(o, dict) else type(o)(_at(v, i) for v in o)
+    if isinstance(o, dict): return {k: _at(v, i) for k, v in o.items()}
+    parts = [_at(v, i) for v in o]
+    return type(o)(*parts) if hasattr(o, '_fields') else type(o)(parts)
 
 def _rows(learn, plan, lane, samples):
     "(decoded target, decoded prediction, prediction) of each sample"
     with plan.turn(lane): b = lane.batch(samples)
     inputs, preds, *_ = forward(learn, plan, b)
     inp, preds = gather(inputs), gather(preds)
-    preds = getcallable(learn.loss_func, 'activation')(preds)
-    dec_preds = getcallable(learn.loss_func, 'decodes')(preds)
+    preds = getcallable(plan.loss_func, 'activation')(preds)
+    dec_preds = getcallable(plan.loss_func, 'decodes')(preds)
     with plan.turn(lane): dec = _decoded(learn, inp, dec_preds, lane.dec, len(samples), plan.apart)
     return [(d, _at(dec_preds, i), _at(preds, i)) for i, d in enumerate(dec)]
 
@@ -99,8 +109,15 @@ class _Maker:
 
 # %% ../nbs/22_stream.ipynb #0970c969
 def _chunks(it, n):
-    it = iter(it)
-    while chunk := list(itertools.islice(it, n)): yield chunk
+    "Lists of `n`; where the source breaks, what it gave before comes first"
+    it, broken, more = iter(it), None, True
+    while more and broken is None:
+        chunk = []
+        try: chunk.extend(itertools.islice(it, n))
+        except Exception as e: broken = e
+        more = len(chunk) == n
+        if chunk: yield chunk
+    if broken is not None: raise broken
 
 def _sorted_answers(maker, made, bs):
     res = [None]*len(made)
@@ -122,15 +139,22 @@ def _frames(items, n):
     if isinstance(items, pd.DataFrame): yield from (items.iloc[i:i+n] for i in range(0, len(items), n))
     else: yield from _chunks(items, n)
 
-def _frame(rows):
+def _frame(table, rows):
     if isinstance(rows, pd.DataFrame): return rows
-    bad = next((r for r in rows if not isinstance(r, (dict, pd.Series))), None)
-    if bad is not None: raise InvalidInput(bad, f'a {type(bad).__name__} is no row: pass dicts, Series, or one DataFrame')
-    return pd.DataFrame([dict(r) for r in rows])
+    for i, r in enumerate(rows):
+        if not isinstance(r, (dict, pd.Series)):
+            raise InvalidInput(r, f'a {type(r).__name__} is no row: pass dicts, Series, or one DataFrame', at=i)
+        if missing := [c for c in _needed(table) if c not in r]:
+            raise InvalidInput(f'row {i}', f'column {", ".join(map(repr, missing))} is missing', at=i)
+    df = pd.DataFrame([dict(r) for r in rows])
+    empty = [c for c in table.cont_names if c in df.columns and df[c].isna().all()]
+    return df.astype(dict.fromkeys(empty, float))
+
+def _needed(table): return [c for c in table.x_names if not c.endswith('_na')]
 
 def _check_frame(table, df):
     "Refuse a frame that fastai would answer with an error of its own, or with the code of another category"
-    needed = [c for c in table.x_names if c not in df.columns and not c.endswith('_na')]
+    needed = [c for c in _needed(table) if c not in df.columns]
     if needed: raise InvalidInput(f'{len(df)} rows', f'column {", ".join(map(repr, needed))} is missing')
     classes = next((p.classes for p in table.procs.fs if isinstance(p, Categorify)), {})
     for c in table.cat_names:
@@ -140,7 +164,7 @@ def _check_frame(table, df):
                                f'numbers: pass values, `df.astype({{{c!r}: object}})`, or use `with stock_input():`')
 
 def _table_rows(learn, rows, bs):
-    df = _frame(rows)
+    df = _frame(learn.dls.train_ds, rows)
     _check_frame(learn.dls.train_ds, df)
     preds, _, dec = learn.get_preds(dl=learn.dls.test_dl(df, bs=bs), with_decoded=True)
     vocab = getattr(learn.dls, 'vocab', None) if len(learn.dls.train_ds.y_names) == 1 else None
@@ -150,29 +174,48 @@ def _table_rows(learn, rows, bs):
     names = {i: vocab[i] for i in set(codes)}
     return list(zip([names[i] for i in codes], each, preds.unbind()))
 
-def _table_answers(learn, rows, bs, errors):
+def _table_answers(learn, rows, bs, errors, first):
+    "first: position of the first of these rows"
     try: return _table_rows(learn, rows, bs)
     except Exception as e:
         n = len(rows)
         if n > 1 and errors == 'return':
             cut = rows.iloc if isinstance(rows, pd.DataFrame) else rows
-            halves = cut[:n//2], cut[n//2:]
-            return [a for half in halves for a in _table_answers(learn, half, bs, errors)]
-        name = f'{n} rows' if n > 1 else 'a row'
-        err = e if isinstance(e, InvalidInput) else InvalidInput(name, f'{type(e).__name__}: {e}')
+            halves = (cut[:n//2], first), (cut[n//2:], first + n//2)
+            return [a for half, at in halves for a in _table_answers(learn, half, bs, errors, at)]
+        at = getattr(e, 'at', None)
+        name = f'row {first + (at or 0)}' if n == 1 or at is not None else f'rows {first} to {first+n-1}'
+        err = InvalidInput(name, e.reason if isinstance(e, InvalidInput) else f'{type(e).__name__}: {e}', at=first + (at or 0))
         if errors == 'raise': raise err from e
         return [err]
 
 def _from_rows(learn, items, bs, errors):
     most = 2**16 if isinstance(items, pd.DataFrame) else 2**12
-    for rows in _frames(items, bs*max(1, most//bs)): yield from _table_answers(learn, rows, bs, errors)
+    first = 0
+    for rows in _frames(items, bs*max(1, most//bs)):
+        yield from _table_answers(learn, rows, bs, errors, first)
+        first += len(rows)
+
+def _one_by_one(learn, items, errors):
+    "fastai's way, for a learner whose callbacks or methods take part"
+    for item in items:
+        try:
+            with learn.no_bar(): yield learn.predict(item)
+        except Exception as e:
+            err = e if isinstance(e, InvalidInput) else InvalidInput(item, f'{type(e).__name__}: {e}')
+            if errors == 'raise': raise err from e
+            yield err
 
 # %% ../nbs/22_stream.ipynb #d248e1b0
 def _check(items, bs, workers, errors):
     if errors not in ('raise', 'return'):
         raise ConfigError(f"errors={errors!r}: 'raise', or 'return' for an error in the place of an answer")
-    if isinstance(items, (str, bytes, dict, pd.Series)):
-        raise ConfigError(f'items is one {type(items).__name__}: pass a list, or call `learn.predict`')
+    one = (str, bytes, bytearray, memoryview, dict, pd.Series, Path, Image.Image)
+    if isinstance(items, one): raise ConfigError(f'items is one {type(items).__name__}: pass a list, or call `learn.predict`')
+    if isinstance(items, (np.ndarray, torch.Tensor)) and items.ndim in (2, 3) and getattr(items.dtype, 'kind', 'f') in 'biuf':
+        raise ConfigError(f'items is an array of {items.ndim} dimensions, one picture or several gray ones: pass `[items]`, or '
+                          '`list(items)`')
+    if not hasattr(items, '__iter__'): raise ConfigError(f'items is a {type(items).__name__}: pass something to go through')
     for name, v, least in (('bs', bs, 1), ('workers', workers, 0)):
         if v is not None and (not isinstance(v, int) or v < least): raise ConfigError(f'{name}={v!r}: pass a whole number')
 
@@ -190,9 +233,11 @@ def predict_many(
     if workers is None: workers = min(8, os.cpu_count() or 1)
     if isinstance(learn.dls.train_ds, Tabular): res = _from_rows(learn, items, bs, errors)
     else:
-        plan = plan_of(learn) or Plan(learn)
-        if plan.why: raise ConfigError(f'predict_many: {plan.why}. Use `learn.get_preds`')
-        learn.model.eval()
-        res = _from_items(learn, plan, items, bs, workers, errors)
+        each = (items.iloc[i] for i in range(len(items))) if isinstance(items, pd.DataFrame) else items
+        plan = stream_plan(learn)
+        if plan is None: res = _one_by_one(learn, each, errors)
+        else:
+            learn.model.eval()
+            res = _from_items(learn, plan, each, bs, workers, errors)
     bar = progress and any(isinstance(cb, ProgressCallback) for cb in learn.cbs)
     return iter(progress_bar(res, total=len(items), leave=False)) if bar and hasattr(items, '__len__') and len(items) else res

@@ -4,7 +4,6 @@ import re
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
-from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, L, TabularDataLoaders, TabularLearner,
-                                TabularPandas, TabularProc, noop, tabular_learner)
+from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, TabularDataLoaders, TabularProc, noop, tabular_learner)
 from fastai.vision.all import (ImageDataLoaders, Normalize, PILImage, RandomResizedCrop, TensorImage, imagenet_stats)
 from benchmarks import families_data
 from helpers import items_of, make_frame, make_images, small_cnn
+from stock import assert_same, by_fastai, stock
 from PIL import Image as PILFile
 
 from fastai_compile.errors import CompileError, ConfigError
@@ -28,38 +27,7 @@ from fastai_compile.items import InvalidInput, stock_input
 from fastai_compile.lean import patch_lean
 from fastai_compile.predict import plan_of
 
-STOCK = {"predict": getattr(Learner.predict, "stock", Learner.predict),
-         "row": getattr(TabularLearner.predict, "stock", TabularLearner.predict),
-         "get_preds": getattr(Learner.get_preds, "stock", Learner.get_preds)}
 patch_lean()
-
-
-def stock(learn, what, *args, **kwargs): return STOCK[what](learn, *args, **kwargs)
-
-
-@contextmanager
-def by_fastai():
-    "fastai's own methods, also where one calls another"
-    ours = Learner.get_preds
-    Learner.get_preds = STOCK["get_preds"]
-    try: yield
-    finally: Learner.get_preds = ours
-
-
-def assert_same(got, want, at="answer"):
-    "Equal in type, dtype, shape and every bit"
-    assert type(got) is type(want), (at, type(got), type(want))
-    if isinstance(want, torch.Tensor):
-        assert got.dtype == want.dtype and got.shape == want.shape, (at, got.shape, want.shape)
-        assert torch.equal(got.nan_to_num(), want.nan_to_num()), at
-    elif isinstance(want, (tuple, list, L)):
-        assert len(got) == len(want), at
-        for i, (g, w) in enumerate(zip(got, want)): assert_same(g, w, f"{at}[{i}]")
-    elif isinstance(want, TabularPandas):
-        pd.testing.assert_frame_equal(got.items, want.items, check_exact=True)
-        assert list(got.cat_names) == list(want.cat_names) and got.procs.fs is want.procs.fs
-        assert vars(got).keys() == vars(want).keys()
-    else: assert str(got) == str(want), at
 
 
 @pytest.fixture(scope="module")
