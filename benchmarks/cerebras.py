@@ -51,7 +51,7 @@ def settle(model, xb):
     """Statistics of `xb` in every batch normalization, and random scales and shifts. Small scales and positive shifts: the
     freshly made network doubles any rounding every few layers, which a trained one does not"""
     for p in model.parameters(): # Layer scales start at 1e-6: whole blocks would not count, and no error in them would show
-        if p.ndim == 1 and 0 < p.abs().max() < 1e-3: p.uniform_(0.1, 0.3)
+        if p.ndim == 1 and p.numel() and 0 < p.abs().max() < 1e-3: p.uniform_(0.1, 0.3)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     momentum = [m.momentum for m in norms]
     for m in norms:

@@ -37,8 +37,10 @@ class DenseConv(nn.Module):
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[conv.weight.ndim-2]
     def forward(self, x):
-        weight = self.weight.repeat(1, self.groups, *[1]*(self.weight.ndim-2))*block_mask(self.weight, self.groups)
-        return self.convolve(x, weight, self.bias, self.stride, self.padding, self.dilation)
+        w, n, g = self.weight, self.weight.shape, self.groups
+        w = w[:, None].expand(n[0], g, *n[1:]).reshape(n[0], g*n[1], *n[2:]) # what `repeat` gives, in operators that lower plainly
+        w = w*block_mask(self.weight, g)
+        return self.convolve(x, w, self.bias, self.stride, self.padding, self.dilation)
 
 def _grouped(m):
     "The plain layers, and subclasses that only add an activation; those with a `forward` of their own stay as they are"
