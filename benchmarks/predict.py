@@ -94,7 +94,7 @@ def measure(model: str, threads: int, rounds: int) -> dict:
     from fastai_compile.timing import interleave, ratio
     with tempfile.TemporaryDirectory() as tmp:
         fns, parts, failed = contenders(model, Path(tmp), threads)
-        times = interleave(fns, rounds=rounds, budget_s=120)
+        times = interleave(fns, rounds=rounds, budget_s=60)
     ms = {k: t.median_ms for k, t in times.items()}
     res = {"ms": {k: [t.median_ms, min(t.rounds_ms), max(t.rounds_ms)] for k, t in times.items()}, "parts": parts,
            "failed": failed, "overhead_ms": ms["ours"] - sum(ms[k] for k in parts) if parts else None}

@@ -103,8 +103,8 @@ class _Watch:
         self.pipes += [tl.tfms for tl in self.tls]
         self.dicts = [vars(f) for dl in self.pairs for f in tfms_of(dl)]
         tables = [dl.dataset for dl in self.pairs if isinstance(dl.dataset, Tabular)]
-        self.procs = [to.procs for to in tables]
-        self.dicts += [vars(p) for to in tables for p in to.procs.fs]
+        self.procs = list({id(to.procs): to.procs for to in tables}.values()) # train and valid share them
+        self.dicts += [vars(p) for procs in self.procs for p in procs.fs]
         self.lists = [o for to in tables for o in (to.cat_names, to.cont_names, to.y_names)]
         self.seen = self._look() # kept, so that no id is used again
         self.ids = list(map(id, self.seen))
@@ -119,7 +119,7 @@ class _Watch:
         for p in self.procs: res += [p, *p.fs.items]
         if self.procs: # The numbers of a table's procs, as they stand in their dicts
             for d in self.dicts: res += [o for v in d.values() if type(v) in (dict, defaultdict) for o in v.values()]
-            for names in self.lists: res += names
+            for names in self.lists: res.extend(names)
         return res
     def same(self): return list(map(id, self._look())) == self.ids
 

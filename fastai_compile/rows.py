@@ -129,9 +129,9 @@ class RowCoder:
         return InvalidInput(row, f'column {self.conts[bad]!r} holds {v!r}, a {type(v).__name__}: pass a number')
 
     def _usual(self, vals, at):
-        "The numbers where all are finite Python floats, in Python's arithmetic, which is that of pandas here; else None"
+        "The numbers where all are finite floats of 64 bits, in Python's arithmetic, which is that of pandas here; else None"
         xs = [vals[p] for p in at]
-        if not all([type(x) is float for x in xs]): return None
+        if not all([isinstance(x, float) for x in xs]): return None
         if self.means is not None: xs = [(x-m)/s for x, m, s in zip(xs, *self.as_floats)]
         return np.array(xs, dtype=np.float32) if all([-_FLOAT32 < x < _FLOAT32 for x in xs]) else None
 
