@@ -34,6 +34,14 @@ def photographs(folder: Path, n: int, seed: int = 0) -> list:
     return files
 
 
+def original(folder: Path) -> Path:
+    "The photograph of scikit-learn as it is, 640x427 pixels, as a JPEG file"
+    from sklearn.datasets import load_sample_images
+    file = Path(folder) / "china.jpg"
+    Image.fromarray(load_sample_images().images[0]).save(file, quality=90)
+    return file
+
+
 def _quiet(learn):
     learn.remove_cb(ProgressCallback)
     return learn
@@ -48,13 +56,13 @@ def _pictures(work: Path, n: int, **kwargs):
 
 def vision_model(model: str, work: Path, n: int = 12) -> tuple:
     "(learner with random weights, a photograph, pixels of a side)"
-    files, kwargs = _pictures(work, n, valid_pct=.3, seed=0)
+    _, kwargs = _pictures(work, n, valid_pct=.3, seed=0)
     dls = ImageDataLoaders.from_folder(work / "photographs", **kwargs)
     if model.startswith("vit"):
         import timm
-        return _quiet(Learner(dls, timm.create_model(model, num_classes=2), path=work)), files[0], SIZE
+        return _quiet(Learner(dls, timm.create_model(model, num_classes=2), path=work)), original(work), SIZE
     learn = vision_learner(dls, TORCHVISION.get(model, model), pretrained=False, normalize=False, path=work)
-    return _quiet(learn), files[0], SIZE
+    return _quiet(learn), original(work), SIZE
 
 
 def _bright(file) -> PILMask:
@@ -66,7 +74,7 @@ def segmentation(work: Path) -> tuple:
     "(U-Net around resnet18 with random weights, a photograph, pixels of a side)"
     files, kwargs = _pictures(work, 12)
     dls = SegmentationDataLoaders.from_label_func(work, files, _bright, codes=["dark", "bright"], valid_pct=.3, seed=0, **kwargs)
-    return _quiet(unet_learner(dls, resnet18, pretrained=False, normalize=False, n_out=2, path=work)), files[0], SIZE
+    return _quiet(unet_learner(dls, resnet18, pretrained=False, normalize=False, n_out=2, path=work)), original(work), SIZE
 
 
 def frame(n: int, seed: int = 0) -> pd.DataFrame:

@@ -1351,6 +1351,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastai_compile.lanes': { 'fastai_compile.lanes.Lane': ('lanes.html#lane', 'fastai_compile/lanes.py'),
                                       'fastai_compile.lanes.Lane.__init__': ('lanes.html#lane.__init__', 'fastai_compile/lanes.py'),
                                       'fastai_compile.lanes.Lane._by_loader': ('lanes.html#lane._by_loader', 'fastai_compile/lanes.py'),
+                                      'fastai_compile.lanes.Lane._of_one': ('lanes.html#lane._of_one', 'fastai_compile/lanes.py'),
                                       'fastai_compile.lanes.Lane.batch': ('lanes.html#lane.batch', 'fastai_compile/lanes.py'),
                                       'fastai_compile.lanes.Lane.sample': ('lanes.html#lane.sample', 'fastai_compile/lanes.py'),
                                       'fastai_compile.lanes.Opener': ('lanes.html#opener', 'fastai_compile/lanes.py'),

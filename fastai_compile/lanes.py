@@ -199,6 +199,8 @@ class Lane:
         ds, self.answers = self.dl.dataset, {}
         plain = type(ds) is Datasets and all(type(tl) is TfmdLists for tl in ds.tls) and 'create_item' not in vars(dl)
         plain = plain and type(dl).create_item is DataLoader.create_item and type(dl).do_item is DataLoader.do_item
+        def stock(n): return n not in vars(dl) and getattr(type(dl), n) is getattr(DataLoader, n)
+        self.collates = all(map(stock, ('do_batch', 'create_batch', 'retain'))) and not dl.prebatched
         self.pipes = [tl.tfms for tl in ds.tls] if plain and 'do_item' not in vars(dl) else None
 
     def sample(self, item):
@@ -217,9 +219,15 @@ class Lane:
         if res is None: raise _skipped(item)
         return res
 
+    def _of_one(self, sample):
+        "As `do_batch` with `fa_collate`, which copies a sample of tensors"
+        b = self.dl.before_batch([sample])
+        plain = type(b) is list and type(b[0]) is tuple and all(isinstance(x, torch.Tensor) and x.is_contiguous() for x in b[0])
+        return self.dl.retain(tuple([x[None] for x in b[0]]) if plain else self.dl.create_batch(b), b)
+
     def batch(self, samples):
         "What the loader yields for these samples"
-        b = self.dl.do_batch(samples)
+        b = self._of_one(samples[0]) if self.collates and len(samples) == 1 else self.dl.do_batch(samples)
         if self.dl.pin_memory and type(b) is list: b = tuple(b)
         if self.dl.device is not None: b = to_device(b, self.dl.device)
         return self.dl.after_batch(b)

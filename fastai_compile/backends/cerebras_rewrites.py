@@ -38,7 +38,8 @@ class DenseConv(nn.Module):
         self.convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[conv.weight.ndim-2]
     def forward(self, x):
         w, n, g = self.weight, self.weight.shape, self.groups
-        w = w[:, None].expand(n[0], g, *n[1:]).reshape(n[0], g*n[1], *n[2:]) # what `repeat` gives, in operators that lower plainly
+        # what `repeat` gives, in operators that lower plainly
+        w = w[:, None].expand(n[0], g, *n[1:]).reshape(n[0], g*n[1], *n[2:])
         w = w*block_mask(self.weight, g)
         return self.convolve(x, w, self.bias, self.stride, self.padding, self.dilation)
 
