@@ -52,7 +52,9 @@ def scripts(kind: str, learn, item, size: int, work: Path, threads: int) -> tupl
     "({name: function, or why there is none}, the parts of ours that cannot be saved)"
     if kind == "text": return {}, {}
     xb = tuple(x.as_subclass(torch.Tensor).contiguous() for x in learn.dls.valid.one_batch()[:learn.dls.n_inp])
-    file, one = by_hand.onnx_file(learn.model.eval(), xb, work / "hand.onnx"), [x[:1].numpy() for x in xb]
+    try: file = by_hand.onnx_file(learn.model.eval(), xb, work / "hand.onnx")
+    except Exception as e: return dict.fromkeys(HANDS, f"no ONNX file by hand: {type(e).__name__}"), {}
+    one = [x[:1].numpy() for x in xb]
     ort = by_hand.onnxruntime_engine(file, threads)
     def script(engine):
         return by_hand.picture(engine, item, size) if kind == "picture" else getattr(by_hand, kind)(engine, learn, item)

@@ -11,6 +11,7 @@ import threading, weakref
 from collections import defaultdict
 from contextlib import nullcontext
 from copy import copy
+from pathlib import Path
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
@@ -29,6 +30,7 @@ from fastai.vision.core import AddMaskCodes
 from fastcore.basics import detuplify, getcallable, tuplify
 from fastcore.xtras import is_listy
 from fasttransform import Pipeline
+from .backends.base import torch_threads
 from .errors import InputError
 from .items import InvalidInput
 from .lanes import Lane, starts_of, tfms_of
@@ -132,7 +134,7 @@ class Plan:
     "What is prepared once for a learner"
     def __init__(self, learn):
         self.dls, self.model, self.loss_func, self.lock = learn.dls, learn.model, learn.loss_func, learn.lock
-        self.why, self.lanes = _why_dls(learn.dls), threading.local()
+        self.why, self.lanes, self.starts = _why_dls(learn.dls), threading.local(), {}
         if self.why: return
         self.watch, self.n_inp = _Watch(learn.dls), getattr(learn.dls, 'n_inp', -1)
         ds, train = learn.dls.valid_ds, learn.dls.train
@@ -144,8 +146,12 @@ class Plan:
         self.apart = plain and all(type(f) in _apart or getattr(f, 'name', '') == 'noop' for f in steps)
 
     def _starts(self, item, rm):
-        ds = self.dls.valid_ds
-        if rm is None: return starts_of(ds, item)
+        ds, kind = self.dls.valid_ds, type(item) if rm is None and isinstance(item, (str, Path)) else None
+        if kind in self.starts: return self.starts[kind]
+        if rm is None:
+            res = starts_of(ds, item)
+            if kind: self.starts[kind] = res # the type decides, and to ask for it takes longer than the rest
+            return res
         return tuple(tuplify(rm, match=ds.tls[:ds.n_inp])) if isinstance(ds, Datasets) else (rm,)
 
     def lane(self, item, rm=None):
@@ -274,7 +280,8 @@ def batch_of(
     "One item through fastai's transforms. Raises `InvalidInput`"
     try:
         lane = plan.lane(item, rm_type_tfms)
-        with plan.turn(lane): return lane, lane.batch([lane.sample(item)])
+        # fastai's own transforms of one item are short: waking a second thread for each takes longer than they do
+        with plan.turn(lane), nullcontext() if lane.shared else torch_threads(1): return lane, lane.batch([lane.sample(item)])
     except InvalidInput: raise
     except Exception as e: raise InvalidInput(item, f"{type(e).__name__} in the learner's transforms: {e}") from e
 
