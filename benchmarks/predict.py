@@ -117,9 +117,10 @@ def describe(data: dict) -> str:
             missing = m["failed"].get(k, "not written")
             row[f"{k} takes, times ours"] = f"{med:.3g} ({low:.3g} to {high:.3g})" if med else missing
         over = m["overhead_ms"]
-        floor = ", ".join(f"{k} {m['ms'][k][0]:.3g}" for k in m["parts"])
-        row |= {"goal, against eager": GOALS.get(model, ""), "floor ms": floor,
-                "ours beyond the floor, ms": "" if over is None else f"{over:.3g}"}
+        floor = {k: m["ms"][k][0] for k in m["parts"]}
+        row |= {"goal, against eager": GOALS.get(model, ""), "floor ms": ", ".join(f"{k} {ms:.3g}" for k, ms in floor.items()),
+                "ours beyond the floor, ms": "" if over is None else f"{over:.3g}",
+                "eager takes, times the floor": f"{m['ms']['eager'][0] / sum(floor.values()):.3g}" if floor else ""}
         rows.append(row)
     return "\n\n".join(filter(None, [table(rows), noisy(data["run"]), where(data["run"])]))
 

@@ -29,9 +29,17 @@ All take and return tensors; ONNX Runtime by hand has the defaults of its sessio
 ## One item, end to end
 
 `python benchmarks/predict.py`: a file or a row in, a decoded answer out, against fastai's own `learn.predict` around the same
-compiled model ("stock"), around the PyTorch model ("eager"), and ONNX Runtime by hand.
+compiled model ("stock"), around the PyTorch model ("eager"), and scripts by hand: ONNX Runtime, OpenVINO, and the way of the
+package fastinference. Each call comes after others, so caches are as cold as in a server, not as warm as in a loop.
 
 {predict}
+
+The floor of a photograph is its decoding and its resizing by PIL, without which the answer would be another one, and the model.
+The last column says how many times faster than eager fastai an answer with no time beyond this floor would be: no goal above
+it can be reached with exact pixels. Decoders that are quicker than PIL's for the same pixels (torchvision, OpenCV) were tried:
+the picture has to become PIL's again for its exact resize, which takes what they save. For a row, most of the time
+beyond the model goes into what fastai returns with the answer, a decoded table of one row; a script by hand makes none.
+For pairs of a collab learner, into the frame that `test_dl` makes. "Not written": nobody's tutorial was followed.
 
 ## Many items
 
