@@ -23,7 +23,7 @@ def exported(request, tmp_path_factory):
     return make_file(tmp_path_factory.mktemp("file"), request.param)
 
 
-@pytest.mark.parametrize("kind, count", [("bit flip", 100), ("truncation", 40)])
+@pytest.mark.parametrize("kind, count", [("bit flip", 40), ("truncation", 20)])
 def test_damaged_files_are_never_silently_wrong(exported, kind, count):
     res = damage(exported, kind, count)
     assert is_clean(res), res
