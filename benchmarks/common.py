@@ -10,6 +10,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tools.outputs import scrub
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "timm", "transformers", "onnx", "onnxscript", "onnxruntime",
@@ -61,12 +63,19 @@ def where(run: dict) -> str:
             f"`{run['command']}`")
 
 
+def _scrubbed(o):
+    "Without paths of this machine, which errors carry"
+    if isinstance(o, dict): return {k: _scrubbed(v) for k, v in o.items()}
+    if isinstance(o, list | tuple): return [_scrubbed(v) for v in o]
+    return scrub(o) if isinstance(o, str) else o
+
+
 def write(path: Path, data: dict) -> None:
     "`data` as JSON at `path`, replaced as a whole"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(data, indent=1) + "\n")
+    tmp.write_text(json.dumps(_scrubbed(data), indent=1) + "\n")
     tmp.replace(path)
 
 
