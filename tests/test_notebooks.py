@@ -10,15 +10,34 @@ import pytest
 
 pytest.importorskip("nbdev", reason="nbdev is missing: pip install -e '.[dev]'")
 
+from tools.kernels import use_forked_kernels, use_fresh_kernels
 from tools.outputs import ROOT, scrub
-from tools.save import NBS, notebooks, run_notebook
+from tools.save import NBS, NotebookError, notebooks, run_notebook
 
 NOTEBOOKS = [pytest.param(p, id=p.relative_to(NBS).as_posix()) for p in notebooks()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_kernels():
+    use_forked_kernels()
+    yield
+    use_fresh_kernels()
+
+
+@pytest.mark.parametrize("source,said", [("1/0", "ZeroDivisionError"), ("import os; os._exit(3)", "died"),
+                                         ("#| expect_fail\n1", "must raise an error"),
+                                         ("#| expect_fail: KeyError\n1/0", "raised ZeroDivisionError"),
+                                         ("import time; time.sleep(60)", "timed out")])
+def test_a_notebook_that_fails_is_told(tmp_path, source, said):
+    path = tmp_path / "failing.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), path)
+    with pytest.raises(NotebookError, match=said): run_notebook(path, cell_timeout=4)
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", NOTEBOOKS)
 def test_notebook_runs(path):
+    if path.stem == "index": use_fresh_kernels() # what the README shows runs as its reader runs it
     run_notebook(path)
 
 
