@@ -22,13 +22,13 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import MSELossFlat
-from fastai.vision.all import resnet18
+from fastai.vision.all import ImageDataLoaders, Resize, aug_transforms, resnet18, vision_learner
 from torch.utils.data import TensorDataset
 from fastai_compile import (CompileError, GraphBreakCallback, RandomTransformError, find_breaks, find_random, frozen)
 from fastai_compile.reach import difference
 from fastai_compile.timing import interleave, ratio
 from benchmarks.common import RESULTS, facts, parse, table, where, write
-from benchmarks.families_data import classifier
+from benchmarks.photographs import photographs
 
 OUT = RESULTS / "diagnose.json"
 PARTS = ["costs", "breaks", "harmless", "mistakes"]
@@ -63,11 +63,13 @@ def _preds(learn, seed, **kwargs):
     return learn.get_preds(**kwargs)[0]
 
 
-def _frozen(learn, policy):
-    "What a policy makes of it"
+def _frozen(learn, policy, folder):
+    "What a policy makes of it: for the validation set, and for items that come later"
+    from random_mistakes import items_of
     try:
         with frozen(learn, policy) as rows:
-            same = difference(_preds(learn, 1), _preds(learn, 2)) is None
+            def later(seed): return _preds(learn, seed, dl=learn.dls.test_dl(items_of(learn, folder), num_workers=0))
+            same = all(difference(f(1), f(2)) is None for f in (lambda seed: _preds(learn, seed), later))
             return "; ".join(r["frozen"] for r in rows) if same else "STILL VARIES"
     except RandomTransformError: return "error"
 
@@ -100,7 +102,7 @@ def mistakes(folder: Path, out: Path) -> list:
         row = {"name": case.name, "found": len(found), "as": found[0].name.split(" --")[0] if found else "",
                "named right": len(found) == 1 and case.finds in found[0].name and case.source in found[0].source
                and case.where in found[0].step.where}
-        row |= {p: _frozen(learn, p) for p in POLICIES}
+        row |= {p: _frozen(learn, p, folder) for p in POLICIES}
         row["fresh process"] = _fresh(learn, row, folder, out)
         rows.append(row)
         print(row, flush=True)
@@ -144,10 +146,18 @@ def _seconds(f, n=3):
     return sorted(times)[n//2], res
 
 
+def _stock(path):
+    "What `vision_learner` gives for photographs, with `Resize` and `aug_transforms`"
+    files = photographs(path, 20)
+    dls = ImageDataLoaders.from_lists(path, files, [i % 2 for i in range(20)], bs=8, num_workers=0, seed=0,
+                                      item_tfms=Resize(224), batch_tfms=aug_transforms())
+    return vision_learner(dls, resnet18, pretrained=False)
+
+
 def costs(path: Path) -> dict:
     "Seconds of each look at a stock resnet18 at 224 pixels, and what the callback adds to a training step"
-    learn = classifier(resnet18, path, 224)
-    res = {}
+    path.mkdir(parents=True)
+    learn, res = _stock(path), {}
     seconds, found = _seconds(lambda: find_random(learn))
     res["find_random, s"], res["of these calls of the model, s"] = seconds, found.model_seconds
     res["find_breaks without recompiles, s"] = _seconds(lambda: find_breaks(learn, recompiles=False), 1)[0]
@@ -173,8 +183,16 @@ def _callback():
         return run
     fns = {"bare": fit(), "watched": fit(GraphBreakCallback(show=False)), "again": fit()}
     t = interleave(fns, rounds=9, most=31, more_s=30)
+    cb, n = GraphBreakCallback(show=False), 2000
+    Learner(DataLoaders.from_dsets(ds, ds, bs=64), torch.compile(torch.nn.Linear(8, 1), backend="eager"), cbs=cb)
+    cb._begin()
+    start = time.perf_counter()
+    for _ in range(n):
+        for event in ("before_batch", "after_pred", "after_batch"): cb(event)
+    own = (time.perf_counter() - start)/n
+    cb._end()
     r, control = ratio(t["watched"], t["bare"]), ratio(t["again"], t["bare"])
-    return {"us a step": t["bare"].median_ms*1e3/100, "times with": [r.median, r.low, r.high],
+    return {"us a step": t["bare"].median_ms*1e3/100, "us of its events": own*1e6, "times with": [r.median, r.low, r.high],
             "times of a second without": [control.median, control.low, control.high]}
 
 
@@ -194,11 +212,12 @@ def describe(data: dict) -> str:
         f"- {len(h)} harmless pipelines: {count(h, lambda r: r['false alarms'])} false alarms.",
         f"- {len(b)} causes of graph breaks, of which {len(broke)} break in this PyTorch: line right "
         f"{count(broke, lambda r: r['line right'])}, layer right {count(broke, lambda r: r['layer right'])}.",
-        f"- Costs on a stock resnet18 at 224 pixels: `find_random` {c['find_random, s']:.2f} s, of these "
+        f"- Costs on a stock resnet18 at 224 pixels with `aug_transforms()`: `find_random` {c['find_random, s']:.2f} s, of these "
         f"{c['of these calls of the model, s']:.2f} s calls of the model; `find_breaks` {c['find_breaks, s']:.1f} s, without "
         f"recompiles {c['find_breaks without recompiles, s']:.1f} s; `explain` {c['explain, s']:.1f} s.",
-        f"- `GraphBreakCallback` on a step of a tiny compiled model ({cb['us a step']:.0f} us): {spread(cb['times with'])} times "
-        f"the time; a second learner without it: {spread(cb['times of a second without'])}."]
+        f"- `GraphBreakCallback` adds {cb['us of its events']:.0f} us to a step: its three events, called by themselves. On "
+        f"a step of a tiny compiled model ({cb['us a step']:.0f} us): {spread(cb['times with'])} times the time; a second "
+        f"learner without it: {spread(cb['times of a second without'])}."]
     said = {}
     for part, run in data["runs"].items(): said.setdefault(where(run), []).append(part)
     runs = [f"{', '.join(parts)}: {run}" for run, parts in said.items()]

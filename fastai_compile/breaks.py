@@ -68,8 +68,9 @@ def _listen(model, xs, also, grad, probe):
             except Exception as e: return [*said.take(), event_of(e, Walk(model))], []
         first, later = said.take(), []
         for step, (_, ys, g) in enumerate(_changes(xs, also, grad) if probe else ()):
-            with torch.set_grad_enabled(grad): call_model(compiled, *xs) # Guards are compared with what ran last
-            said.take()
+            if ys is not xs or g != grad: # Guards are compared with what ran last
+                with torch.set_grad_enabled(grad): call_model(compiled, *xs)
+                said.take()
             with torch.set_grad_enabled(g):
                 try: model(*ys)
                 except Exception: continue # The model itself refuses such inputs

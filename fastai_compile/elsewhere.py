@@ -9,7 +9,8 @@ __all__ = ['run_steps', 'run_elsewhere', 'search_elsewhere']
 import os, random, subprocess, sys, tempfile, time
 from pathlib import Path
 import cloudpickle, numpy as np, torch
-from .probe import Finding, _name, _place
+from .named import name_of_step, place_of
+from .probe import Finding
 from .reach import World, difference
 
 # %% ../nbs/03_elsewhere.ipynb #a101dcfc
@@ -89,9 +90,9 @@ def search_elsewhere(
     known = {id(f.step) for f in search.found}
     todo = [(s, xs) for s, xs in search.steps if id(s) not in known and s.where not in ('order of rows', 'callback')]
     for (step, xs), row in zip(todo, run_elsewhere([(s.run, s.tfm, xs) for s, xs in todo])):
-        at = _place(World(step.tfm))
+        at = place_of(World(step.tfm))
         if isinstance(row, str):
-            search.found.append(Finding(step, _name(step.tfm), at, 'not tested in a fresh process', row, '', xs))
+            search.found.append(Finding(step, name_of_step(step.tfm), at, 'not tested in a fresh process', row, '', xs))
             continue
         by = [(n, difference(row[0], other)) for n, other in zip(('hash order', 'the time'), row[1:])]
         by = [(n, d) for n, d in by if d is not None]
@@ -99,4 +100,4 @@ def search_elsewhere(
         how = by[0][1] if isinstance(by[0][1], str) else f'by up to {by[0][1]:.3g}'
         sort, read = 'sort a set before use, and take hashlib for hash()', 'read the time once, outside'
         mend, source = sort if by[0][0] == 'hash order' else read, ' or '.join(n for n, _ in by)
-        search.found.append(Finding(step, _name(step.tfm), at, source, f'{how} in another process', mend, xs))
+        search.found.append(Finding(step, name_of_step(step.tfm), at, source, f'{how} in another process', mend, xs))

@@ -116,7 +116,9 @@ def backend_rows(
             rows.append(_row('backend', name, f'only by name: {why}', f'`compile={name!r}`'))
             continue
         c = captured.get(b.rewrites)
-        if not isinstance(c, Captured): continue
+        if not isinstance(c, Captured):
+            rows.append(_row('backend', name, 'can run here; not asked, because the capture failed'))
+            continue
         try: placements[name] = got = b.coverage(c, config)
         except Exception as e: # An adapter may raise anything
             placements[name] = e
@@ -156,7 +158,8 @@ def explain_learner(
             broken = Breaks(r for c in captured.values() if isinstance(c, GraphBreakError) for r in c.rows)
         table = Table([*rows, *break_table(broken, captured), *capture_rows(captured)])
         first = next(((rw, c) for rw, c in captured.items() if isinstance(c, Captured)), None)
-        if first: table += size_rows(first[1], config, first[0])
+        steady = not any(f.step.where == 'model' for f in found)
+        if first and steady: table += size_rows(first[1], config, first[0])
         more, placements = backend_rows(names, captured, config)
         table += more
     table.insert(0, _row('example', repr(example), 'made up' if example.synthetic else 'from the data'))

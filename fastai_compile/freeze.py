@@ -6,7 +6,7 @@
 __all__ = ['Plan', 'make_plan', 'plan_loader', 'apply_freeze', 'freeze_of', 'frozen', 'FreezeTransforms']
 
 # %% ../nbs/04_freeze.ipynb #383af094
-import copy, time
+import copy, inspect, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fastai.callback.core import Callback
@@ -19,71 +19,10 @@ from .backends.base import Table
 from .config import check_policy
 from .draws import Turn, sources_kept
 from .errors import RandomTransformError
-from .held import FrozenCall, FrozenTransform
 from .random_model import model_inputs, search_model
 from .randomness import Search, search_callbacks, search_loader, untouched, _loader, _search_procs
-from .reach import World
-
-# %% ../nbs/04_freeze.ipynb #98748124
-def _refuse(f, policy, why='', call='FreezeTransforms({!r})'):
-    "The error that names a transform and what would settle it"
-    at = f' ({f.file})' if f.file else ''
-    ways = [f.mend.partition(', or freeze=')[0]]
-    if f.step.where not in ('model', 'callback', 'order of rows') or isinstance(f.step.tfm, DataLoader):
-        ways += [f'{call.format(p)}: {says}' for p, says in _SAYS.items() if p != policy]
-    ways = '\n'.join(f'- {w}' for w in ways)
-    what = why or f'freeze={policy!r} does not settle it'
-    return RandomTransformError(f'{f.name}{at}, {f.step.where}, is random: its result varies with {f.source}; '
-                                f'{f.evidence}. {what[:1].upper()+what[1:]}. To settle it, one of:\n{ways}')
-
-_SAYS = {'skip': 'leaves it out of validation and prediction', 'seed': "pins it to each item's content"}
-
-def _own(tfm): return isinstance(tfm, Transform) and type(tfm).__module__.startswith('fastai.')
-
-def _how(f, policy, call):
-    "What `policy` makes of a finding: 'valid', 'skip', 'seed' or 'in order'. Raises `RandomTransformError`"
-    where, tfm, slot = f.step.where, f.step.tfm, f.step.slot
-    if policy == 'raise': raise _refuse(f, policy, call=call)
-    if where == 'order of rows':
-        if isinstance(tfm, DataLoader) and 'get_idxs' not in vars(tfm) and tfm.shuffle: return 'in order'
-        raise _refuse(f, policy, 'its order is its own', call)
-    if where in ('model', 'callback'): raise _refuse(f, policy, 'that is no transform, and cannot be frozen', call)
-    if policy in ('auto', 'valid'):
-        if _own(tfm) or policy == 'valid' and isinstance(tfm, Transform): return 'valid'
-        why = "it is not fastai's own: no validation form is known" if policy == 'auto' else 'it has no validation form'
-        raise _refuse(f, policy, why, call)
-    if slot[0] in ('dataset', 'loader', 'collate', 'collate_fn'):
-        raise _refuse(f, policy, f'the whole {where} can neither be left out nor pinned to an item', call)
-    if policy == 'skip': return _check_skip(f, call)
-    if slot[0] in ('before_batch', 'procs'):
-        raise _refuse(f, policy, f'it works on many items at once ({where}), so it cannot be pinned to one', call)
-    return _check_seed(f, call)
-
-def _form(x):
-    "Types and shapes of a result"
-    if isinstance(x, tuple): return tuple(_form(o) for o in x)
-    if hasattr(x, 'shape'): return type(x).__name__, tuple(x.shape), str(getattr(x, 'dtype', ''))
-    if hasattr(x, 'size') and hasattr(x, 'mode'): return type(x).__name__, x.size, x.mode
-    return type(x).__name__
-
-def _check_skip(f, call):
-    for x in f.inputs[:2]:
-        given = x[0][0] if f.step.slot[0] == 'attribute' else x
-        with sources_kept(): before, after = _form(given), _form(f.step.run(copy.deepcopy(f.step.tfm), copy.deepcopy(x)))
-        if before != after:
-            raise _refuse(f, 'skip', f'it cannot be left out: it makes {after} of {before}', call)
-    return 'skip'
-
-def _check_seed(f, call):
-    tfm = copy.deepcopy(f.step.tfm)
-    world = World(tfm)
-    base = world.save()
-    try:
-        f.step.run(tfm, copy.deepcopy(f.inputs[0]))
-        outside = base.outside()
-    finally: base.restore()
-    if outside: raise _refuse(f, 'seed', f'it counts outside of itself ({outside[0]}), which no seed can pin', call)
-    return 'seed'
+from .reach import copied
+from .settle import how_of, is_own, refuse, stand_in
 
 # %% ../nbs/04_freeze.ipynb #e5452653
 @dataclass
@@ -126,9 +65,7 @@ class Plan:
     def __call__(self, dl):
         "The loader, frozen; the same where there is nothing to freeze"
         if not self.swaps and not self.in_order: return dl
-        if not isinstance(dl, DataLoader):
-            raise RandomTransformError("PyTorch's own DataLoader cannot be frozen: "
-                                       "use fastai's, `DataLoader(dataset, bs=...)`")
+        if not isinstance(dl, DataLoader): raise RandomTransformError(_NOT_OURS)
         stages = {s for s, _, _ in self.swaps}
         kw = {n: self.pipe(n, getattr(dl, n)) for n in ('after_item', 'before_batch', 'after_batch') if n in stages}
         if self.in_order: kw['shuffle'] = False
@@ -138,11 +75,7 @@ class Plan:
             if isinstance(kw[n], Pipeline): getattr(res, n).split_idx = kw[n].split_idx
         return res
 
-def _stand_in(f, how, n_inp):
-    tfm = f.step.tfm
-    rows = f.step.slot[0] == 'after_batch'
-    if isinstance(tfm, Transform): return FrozenTransform(tfm, how, n_inp, rows, f.step.split)
-    return FrozenCall(tfm, how, n_inp, rows)
+_NOT_OURS = "PyTorch's own DataLoader cannot be frozen: use fastai's, `DataLoader(dataset, bs=...)`"
 
 def _stage(slot): return ' '.join(slot) if slot[0] == 'attribute' else slot[0]
 
@@ -154,7 +87,7 @@ def _cost(f, new):
         return (time.perf_counter()-start)*1e3
     with sources_kept():
         ms(new)
-        return f'{ms(new):.2g} ms, before {ms(copy.deepcopy(f.step.tfm)):.2g} ms'
+        return f'{ms(new):.2g} ms, before {ms(copied(f.step.tfm)):.2g} ms'
 
 def make_plan(
     dl,     # The loader that inference uses
@@ -167,25 +100,32 @@ def make_plan(
     plan, n_inp = Plan(), getattr(dl.dataset, 'n_inp', None) or getattr(dl, '_n_inp', None) or n_inp
     for f in found:
         how, cost = 'not tested, left as it is', ''
-        if f.tested:
-            how = _how(f, policy, call)
+        if not f.tested:
+            if policy == 'raise': raise refuse(f, policy, "freeze='raise' takes nothing on trust", call)
+            warnings.warn(f'{f.name}{f" ({f.file})" if f.file else ""}, {f.step.where}, could not be tested for randomness, '
+                          f'and is left as it is: {f.evidence}', stacklevel=2)
+        else:
+            if not isinstance(dl, DataLoader): raise refuse(f, policy, _NOT_OURS, call, freezes=False)
+            how = how_of(f, policy, call, n_inp)
             if how == 'in order': plan.in_order = True
             else:
-                new = _stand_in(f, how, n_inp)
+                new = stand_in(f, how, n_inp)
                 plan.swaps.append((_stage(f.step.slot), f.step.tfm, new))
                 if how == 'seed': cost = _cost(f, new)
         row = {'transform': f.name, 'where': f.step.where, 'source': f.source, 'frozen': how, 'cost': cost}
         plan.rows.append(row)
     return plan
 
-def _check_plan(plan, dl, idxs, found, policy, call):
+def _check_plan(plan, learn, dl, idxs, items, found, policy, call):
     "Search again, with everything frozen"
-    again = search_loader(plan(dl), idxs)[0].found
+    again = Search()
+    _search_procs(again, learn, items, plan)
+    again = search_loader(plan(dl), idxs, again)[0].found
     left = [f for f in again if f.tested or ('(frozen: ' in f.name and 'raise' in f.source + f.evidence)]
     if not left: return
     f = next((o for o in found if o.step.where == left[0].step.where), left[0])
     what = f'it still varies ({left[0].source})' if left[0].tested else f'it fails ({left[0].evidence})'
-    raise _refuse(f, policy, f'frozen by {policy!r} {what}', call)
+    raise refuse(f, policy, f'frozen by {policy!r} {what}', call, getattr(learn.dls, 'n_inp', None))
 
 def plan_loader(
     learn,  # Learner, for its model
@@ -203,7 +143,7 @@ def plan_loader(
         plan = make_plan(dl, policy, search.found, call, getattr(learn.dls, 'n_inp', None))
         found = list(search.found)
         if plan.swaps or plan.in_order:
-            _check_plan(plan, dl, idxs, found, policy, call)
+            _check_plan(plan, learn, dl, idxs, items, found, policy, call)
             if b is None: b = search_loader(plan(dl), idxs)[1]
         if b is not None:
             search_model(search, learn.model, model_inputs(learn, b))
@@ -262,6 +202,13 @@ def frozen(
         if added: learn.remove_cb(cb)
         if learn.dls is dls: learn.dls = old
 
+def _settings(parts):
+    "The plain attributes of transforms; of fastai's own those that they were made with, since others change with each draw"
+    def of(f):
+        made = ['split_idx', *inspect.signature(type(f).__init__).parameters] if is_own(f) else vars(f)
+        return tuple((k, v) for k, v in vars(f).items() if k in made and isinstance(v, (bool, int, float, str, type(None))))
+    return tuple(of(f) for f in parts if isinstance(f, Transform))
+
 def _wants_training(ds):
     "Whether `set_split_idx(0)` is in force on rows of another split, as in `learn.tta`"
     tls = ds.tls if isinstance(ds, Datasets) else [ds] if isinstance(ds, TfmdLists) else []
@@ -281,16 +228,24 @@ class FreezeTransforms(Callback):
         if not hasattr(dl, 'dataset'): return # `show_results` passes a list of batches
         if _wants_training(dl.dataset): return # `learn.tta`: its randomness is the user's choice
         parts = self._parts(dl)
-        key = tuple(id(o) for o in parts)
+        key = tuple(id(o) for o in parts), _settings(parts)
         if key not in self._plans:
             n = dl.n if isinstance(dl, DataLoader) else len(dl.dataset)
             if n == 0: return
             plan = plan_loader(self.learn, dl, list(range(min(2, n or 2))), self.policy)
+            self._refuse_procs(plan, dl)
             while len(self._plans) >= 8: self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan, parts # kept, so that an id is not used again
         plan = self._plans[key][0]
         self.frozen_rows = plan.rows
         with untouched(self.learn, dl): self.learn.dl = plan(dl)
+
+    def _refuse_procs(self, plan, dl):
+        "A table has gone through its procs before a callback sees it; only that of the learner's own loaders stays as it is"
+        late = next((f for s, f, _ in plan.swaps if s == 'procs'), None)
+        if late is None or any(dl.dataset is o.dataset for o in self.learn.dls.loaders): return
+        raise RandomTransformError(f'{late.name}, procs, is random, and `test_dl` runs it before a callback can freeze it: use '
+                                   f'`with frozen(learn, {self.policy!r}):` around `test_dl` and the prediction')
 
     def _parts(self, dl):
         "All that a plan depends on"

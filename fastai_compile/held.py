@@ -6,12 +6,11 @@
 __all__ = ['FrozenTransform', 'FrozenCall']
 
 # %% ../nbs/03_held.ipynb #6b2119db
-import copy
 import torch
 from fastcore.foundation import L
 from fasttransform.transform import Transform
 from .errors import RandomTransformError
-from .reach import World, pinned
+from .reach import World, copied, pinned
 
 # %% ../nbs/03_held.ipynb #4f44b27c
 class FrozenTransform(Transform):
@@ -25,7 +24,7 @@ class FrozenTransform(Transform):
     ):
         super().__init__(order=getattr(tfm, 'order', 0))
         self.tfm, self.how, self.n_inp, self.rows, self.split = tfm, how, n_inp, rows, split
-        if how == 'seed': self.tfm = copy.deepcopy(tfm) # It runs from a state of its own
+        if how == 'seed': self.tfm = copied(tfm) # It runs from a state of its own
         self.world = self.base = None
 
     @property
@@ -96,7 +95,7 @@ class FrozenCall:
         how, # 'skip' or 'seed'
         n_inp=None, # As in `FrozenTransform`
         rows=False, # As in `FrozenTransform`
-    ): self.fn, self.how, self.n_inp, self.rows, self.world = copy.deepcopy(fn), how, n_inp, rows, None
+    ): self.fn, self.how, self.n_inp, self.rows, self.world = copied(fn), how, n_inp, rows, None
     def __repr__(self): return f'{getattr(self.fn, "__name__", self.fn)} (frozen: {self.how})'
     def __getstate__(self): return {**self.__dict__, 'world': None, 'base': None}
     def __deepcopy__(self, memo): return type(self)(self.fn, self.how, self.n_inp, self.rows)

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from torch.nn import RNNBase
 from .backends.base import Table
+from .draws import global_sources
 from .dynamo import Event, parse_break
 from .reasons import explain_break, explain_recompile
 
@@ -96,8 +97,9 @@ class Walk:
         xs=None, # Inputs; None: no call, layers are told by what dynamo traced
     ):
         self.paths = {id(m): n for n, m in model.named_modules()}
-        self.model, self.lines = model, {}
+        self.model, self.lines, self.draws = model, {}, {}
         if xs is None: return
+        self._sources, self._last = global_sources(), None
         old = sys.gettrace()
         sys.settrace(self._enter)
         try: call_model(model, *xs)
@@ -116,6 +118,9 @@ class Walk:
         return self._line if mine else None
 
     def _line(self, frame, event, arg):
+        now, (before, at) = [s.mark() for s in self._sources], self._last or (None, None)
+        if before is not None and before != now: self.draws.setdefault(at[:2], at[2])
+        self._last = now, (frame.f_code.co_filename, frame.f_code.co_name, frame.f_lineno)
         if event == 'line' and (path := self.owner(frame)) is not None:
             self.lines.setdefault((frame.f_code.co_filename, frame.f_lineno), Counter())[path] += 1
         return self._line
@@ -131,6 +136,11 @@ class Walk:
         found, path = self._by_class(stack), self.paths.get(id(event.module))
         if path is not None and (path in found or not found): found = [path]
         return users[0] if users else ('', 0), dict.fromkeys(found or ([] if users else ['']), 1)
+
+    def drawn_near(self, event):
+        "The line that draws a random number in the function of an event, or 0"
+        frames = [f for f in _inside(event.stack) if is_users(f[0])]
+        return self.draws.get((frames[-1][0], frames[-1][2]), 0) if frames else 0
 
     def _by_class(self, stack):
         "Layers whose `forward` holds the innermost frame that belongs to any"
@@ -155,6 +165,9 @@ class Walk:
         layer = next(iter(layers), '')
         cls = type(self.model.get_submodule(layer)).__name__ if layers else ''
         source = linecache.getline(file, line).strip().split('  #')[0]
+        if event.kind == 'break' and (at := self.drawn_near(event)):
+            reason += f'; line {at}, `{linecache.getline(file, at).strip()}`, draws a random number'
+            todo = f'draw only `if self.training`, or in a transform of the training set; else {todo}'
         count, hint = count or sum(layers.values()) or 1, event.hints[0] if event.hints else ''
         return Break(event.kind, count, layer, tuple(layers), cls, file, line, source, reason, todo,
                      event.code, hint, event.text)

@@ -6,17 +6,16 @@
 __all__ = ['Step', 'Finding', 'Findings', 'Entropy', 'probe_step']
 
 # %% ../nbs/03_probe.ipynb #6aa1435e
-import copy, linecache, os, random, re, sys, threading, time
+import copy, os, random, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
 from typing import Any, Callable
-import numpy as np, torch
+import numpy as np
 from fastai.data.load import SkipItemException
-from fasttransform.transform import Transform
 from .backends.base import Table
 from .draws import FORCED, Source, sources_kept
-from .reach import World, difference, user_file
+from .named import draw_line, form_of, given_to, mend_of, name_of_step, place_of
+from .reach import World, copied, difference
 
 # %% ../nbs/03_probe.ipynb #fe1b6ee4
 @dataclass
@@ -118,8 +117,8 @@ class _Probe:
     "All trials of one step"
     def __init__(self, step, xs):
         self.step, self.xs, self.n, self.entropy = step, xs, 0, Entropy()
-        self.tfm = copy.copy(step.tfm) if step.shallow else copy.deepcopy(step.tfm)
-        inside = vars(self.tfm).values() if step.shallow and hasattr(self.tfm, '__dict__') else ()
+        self.tfm = copy.copy(step.tfm) if step.shallow else copied(step.tfm)
+        inside = (*vars(self.tfm).values(), type(self.tfm)) if step.shallow and hasattr(self.tfm, '__dict__') else ()
         self.world = World(self.tfm, *inside)
         self.base = self.world.save()
 
@@ -181,7 +180,7 @@ class _Probe:
         held = self.world.held
         names = [f'generator {s.name}' if s in held else s.name for s in self.drew if self._alone(s, seen)]
         if names: return ' and '.join(names)
-        if self.differs(self.trial()) is not None:
+        if any(self.differs(self.trial()) is not None for _ in _times(12 if self.entropy.used else 2)):
             return 'entropy of its own' + (f' ({self.entropy.used[0]})' if self.entropy.used else ' or the clock')
         self.trial()
         mid = self.world.save()
@@ -195,74 +194,7 @@ class _Probe:
         kinds = dict.fromkeys([k for k, _ in seen if k != 'again'] + ['seed'])
         return any(self.differs(self.trial(k, 3+i, only=s)) is not None for k in kinds for i in _times(11))
 
-# %% ../nbs/03_probe.ipynb #d7e1729a
-_FIRST = ('encodes', 'before_call', '__call__', 'forward', '__getitem__', '__iter__')
-
-def _short(file):
-    if re.search(r'ipykernel_\d+', file): return '<cell>'
-    near = os.path.relpath(file) if os.path.isabs(file) else file
-    return file if near.startswith('..') else near
-
-def _place(world):
-    "File and line of the user's code that is nearest to the step"
-    fns = [f for f in world.kept.values() if isinstance(f, FunctionType) and user_file(f)]
-    if not fns: return ''
-    first = fns[0]
-    same = [f for f in fns if f.__qualname__.rpartition('.')[0] == first.__qualname__.rpartition('.')[0]]
-    f = min(same, key=lambda f: _FIRST.index(f.__name__) if f.__name__ in _FIRST else len(_FIRST))
-    return f'{_short(user_file(f))}:{f.__code__.co_firstlineno}'
-
-def _name(tfm):
-    "A transform's own name, its arguments kept, on one line"
-    if isinstance(tfm, Transform): name = tfm.name
-    elif isinstance(tfm, (FunctionType, MethodType)): name = tfm.__qualname__
-    elif isinstance(tfm, torch.nn.Module) or type(tfm).__repr__ is object.__repr__: name = type(tfm).__name__
-    else: name = repr(tfm) if len(repr(tfm)) < 200 else type(tfm).__name__
-    return re.sub(r'\s+', ' ', name).strip()[:100]
-
-def _draw_line(probe, kind):
-    "The line of the user's code that was running when a number was drawn; '' where none was"
-    sources, found, last = probe.world.sources, [], [None, None]
-    def local(frame, event, arg):
-        now = [s.mark() for s in sources]
-        if last[0] is not None and now != last[0] and last[1]: found.append(last[1])
-        last[:] = now, (frame.f_code.co_filename, frame.f_lineno) if event == 'line' else last[1]
-        return local
-    def enter(frame, event, arg): return local if user_file(frame.f_code) else None
-    probe.base.restore()
-    for s in sources: s.start(kind if kind != 'again' else 'seed', 3)
-    old = sys.gettrace()
-    sys.settrace(enter)
-    try: _outcome(probe.step.run, probe.tfm, probe.xs[0])
-    finally: sys.settrace(old)
-    if not found: return ''
-    file, line = found[0]
-    text = linecache.getline(file, line).strip()
-    return f'{_short(file)}:{line}' + (f' `{text[:80]}`' if text else '')
-
-# %% ../nbs/03_probe.ipynb #10a9e740
-def _mend(step, source):
-    "What to do about it"
-    stage, tfm = step.where, step.tfm
-    if stage == 'model':
-        return ('draw only `if self.training`, so that `model.eval()` turns it off; for dropout that is nn.Dropout, or '
-                'F.dropout(x, p, training=self.training)')
-    if stage == 'order of rows':
-        if not hasattr(tfm, 'new'): return f'make the validation loader with `{type(tfm).__name__}(..., shuffle=False)`'
-        return '`learn.dls.valid = learn.dls.valid.new(shuffle=False)`'
-    if stage == 'callback': return 'draw only `if self.training`, or set `run_valid = False` on the callback'
-    own = type(tfm).__module__.startswith('fastai.')
-    if own and isinstance(tfm, Transform) and step.split == 0:
-        return "these are rows of the training split: make the loader from `learn.dls.valid`, or freeze='valid'"
-    if own and isinstance(tfm, Transform):
-        return "the dataset does not say that this is validation: `learn.dls.valid_ds.split_idx = 1`, or freeze='valid'"
-    if isinstance(tfm, Transform) and hasattr(tfm, 'before_call'): return 'give it `split_idx = 0`: it then trains only'
-    if source.startswith('state'): return "make the result depend on the item alone, or freeze='seed'"
-    if stage in ('dataset', 'dataset transform'):
-        return "give the validation dataset a transform without random parts, or freeze='seed'"
-    if stage == 'procs': return 'draw once, before the table goes to `TabularPandas`'
-    return "make it a `RandTransform` (it trains only), or freeze='seed' or 'skip'"
-
+# %% ../nbs/03_probe.ipynb #cb965d0e
 def probe_step(
     step, # `Step`
     xs,   # Its inputs
@@ -278,7 +210,7 @@ def probe_step(
         base.restore()
         why = f'it cannot be copied ({type(e).__name__}: {str(e)[:80]})'
         mend = 'leave open files, locks and generators out of a transform, or make them in its first call'
-        return outs, Finding(step, _name(step.tfm), _place(world), 'not tested', why, mend, xs), None
+        return outs, Finding(step, name_of_step(step.tfm), place_of(world), 'not tested', why, mend, xs), None
     with sources_kept():
         try: return _judge(probe, step, xs)
         finally: probe.base.restore()
@@ -290,13 +222,14 @@ def _judge(probe, step, xs):
         raised = [o[1] for o in first if o[0] == 'raised']
         if not raised: return first, None, probe.seeds
         why = f'it raises {raised[0][:120]}'
-        return first, Finding(step, _name(step.tfm), _place(probe.world), 'not tested', why, '', xs), None
+        return first, Finding(step, name_of_step(step.tfm), place_of(probe.world), 'not tested', why, '', xs), None
     trials, source = probe.n, probe.source(seen)
     diffs = [d for _, d in seen]
     said = [d for d in diffs if isinstance(d, str)]
     how = said[0] if said else f'by up to {max(diffs):.3g}'
     rare = '' if any(k in ('again', 'seed') for k, _ in seen) else ', only when draws were forced: a rare event'
-    line = _draw_line(probe, seen[0][0])
+    line = draw_line(probe, seen[0][0])
     evidence = f'{how} in {len(seen)} of {trials} trials{rare}' + (f'; drawn at {line}' if line else '')
-    finding = Finding(step, _name(step.tfm), _place(probe.world), source, evidence, _mend(step, source), xs)
+    kept = all(o[0] == 'gave' and form_of(o[1]) == form_of(given_to(step, x)) for o, x in zip(first, xs))
+    finding = Finding(step, name_of_step(step.tfm), place_of(probe.world), source, evidence, mend_of(step, source, kept), xs)
     return first, finding, probe.seeds

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import numpy as np, torch
 from .draws import FORCED, sources_kept
 from .example import split_batch
-from .probe import Step, _Probe, _judge, _place
+from .named import place_of
+from .probe import Step, _Probe, _judge
 from .reach import World, difference, _put_back
 
 # %% ../nbs/03_random_model.ipynb #c6262a39
@@ -100,6 +101,6 @@ def search_model(
         if finding is not None and finding.tested:
             path, module = _first_module(model, xb, call, probe.world.sources)
             finding.name = f'{path or "model"}: {type(module).__name__}'
-            finding.file = _place(World(type(module)))
+            finding.file = place_of(World(type(module)))
     search.tested += 1
     if finding: search.found.append(finding)

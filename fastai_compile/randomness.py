@@ -18,7 +18,8 @@ from .answers import shadow
 from .draws import Turn, sources_kept
 from .elsewhere import search_elsewhere
 from .example import fresh_loader, need_valid, preserved, synthetic_items, _has_rows
-from .probe import Finding, Findings, Step, probe_step, _outcome, _place
+from .named import place_of
+from .probe import Finding, Findings, Step, probe_step, _outcome
 from .random_model import model_inputs, search_model, model_kept
 from .reach import World, user_file
 
@@ -104,7 +105,7 @@ class Search:
             take = lambda d, n: list(itertools.islice(iter(d), n))
             outs = self.step('dataset', ds, take, [len(idxs)], ('dataset',), True)
             return outs and outs[0]
-        for name in ('transform', 'transforms', 'tfms', 'tfm'):
+        for name in dict.fromkeys(('transform', 'transforms', 'tfms', 'tfm', *getattr(ds, '__dict__', ()))):
             held = getattr(ds, name, None)
             if not callable(held) or isinstance(held, type): continue
             seen = []
@@ -178,13 +179,13 @@ def _loader(learn, items, n):
     rows = dl.n if isinstance(dl, DataLoader) else len(dl.dataset) if hasattr(dl.dataset, '__len__') else n
     return dl, list(range(n if rows is None else min(n, rows)))
 
-def _search_procs(search, learn, items):
-    "The procs of a table, on rows as `test_dl` takes them"
+def _search_procs(search, learn, items, plan=None):
+    "The procs of a table, on rows as `test_dl` takes them; with a plan, as it freezes them"
     ds = learn.dls.loaders[0].dataset
     if not isinstance(ds, Tabular): return
     df = items.iloc[:4] if hasattr(items, 'iloc') else synthetic_items(learn, 4)[0]
     to = [ds.new(df)]
-    for i, f in enumerate(ds.procs.fs):
+    for i, f in enumerate(plan.dataset(ds).procs.fs if plan else ds.procs.fs):
         if to: to = search.step('procs', f, lambda f, x: f(x), to, ('procs', i))
 
 def search_loader(
@@ -244,4 +245,4 @@ def search_callbacks(
     with model_kept(list(learn.model.modules())): search.step('callback', sh.cbs, run, [0], ('callback',), True)
     if len(search.found) > n:
         search.found[-1].name = ', '.join(type(cb).__name__ for cb in own)
-        search.found[-1].file = _place(World(*[type(cb) for cb in own]))
+        search.found[-1].file = place_of(World(*[type(cb) for cb in own]))

@@ -27,6 +27,7 @@ _KNOWN = (
      '`torch._dynamo.config.ignore_logging_functions.add(logging.Logger.info)`'),
     (r'builtin `_?warnings\.warn|/warnings\.py', 'a warning has to be given in Python, between two graphs',
      'remove it, or warn outside of the model'),
+    (r'StringIO|TextIOWrapper', 'text is written in Python, between two graphs', 'write outside of the model'),
     (r'numpy',
      'a NumPy function has no equal in PyTorch', "use PyTorch's own function, or compute it once in `__init__`"),
     (r'`Random\.|/random\.py', "Python's random generator has to draw in Python, between two graphs",
@@ -116,6 +117,7 @@ def explain_recompile(
     if m := re.search(value, t):
         short = re.sub(r"\._modules\['(\w+)'\]", r'.\1', re.sub(r"^L\['(\w+)'\]", r'\1', m[1]))
         short = re.sub(r'^(fn\.)?(__self__\.|self\.)?', '', short)
+        short = re.sub(r"^G\['(?:__import_)?(\w+)'\]", lambda m: m[1].replace('_dot_', '.'), short)
         return Cause('number', ('number', event.stack[-1:], short.split('.')[-1]),
                      f'the Python value `{short}` was {m[2]} when it was compiled, and changes',
                      f'make `{short}` a tensor (a buffer), keep it out of `forward`, or do not change it')

@@ -402,7 +402,7 @@ def layer_drop_in_eval(folder):
 class NoisyProc(TabularProc):
     def encodes(self, to): to.items["width"] = to.items["width"] + np.random.rand(len(to.items))
 
-@mistake("NoisyProc", "numpy.random", "procs", seed="raises")
+@mistake("NoisyProc", "numpy.random", "procs", valid="raises", seed="raises")
 def proc_that_draws(folder):
     df = make_frame(60)
     dls = TabularDataLoaders.from_df(df, path=folder, procs=[Categorify, FillMissing, NoisyProc], cat_names="kind",
@@ -586,6 +586,22 @@ class DrawsOnce(Transform):
 def drawn_when_made(folder): return images(folder, batch=[DrawsOnce()])
 
 
+class Locks(Transform):
+    order = 50
+    def __init__(self, draws=True): super().__init__(); self.lock, self.draws = threading.Lock(), draws
+    def encodes(self, x:TensorImage):
+        with self.lock: return x + random.random() if self.draws else x
+
+def lock_held(folder, draws=True): return images(folder, batch=[Locks(draws)])
+
+
+def noise_by(x, by): return x + by*random.randrange(9) if isinstance(x, TensorImage) else x
+
+@mistake("partial(noise_by)", "random", "batch transforms")
+def partial_of_a_function(folder):
+    return images(folder, batch=[partial(noise_by, by=2)])
+
+
 class Counts(Transform):
     order, n = 50, 0
     def encodes(self, x:TensorImage): self.n += 1; return x
@@ -647,9 +663,9 @@ def torch_loaders(folder):
 
 # ---- what cannot be tested
 
-class Locked(Transform):
+class Logs(Transform):
     order = 50
-    def __init__(self): super().__init__(); self.lock = threading.Lock()
-    def encodes(self, x:TensorImage): return x
+    def __init__(self, draws=False): super().__init__(); self.log, self.draws = open(os.devnull, "w"), draws
+    def encodes(self, x:TensorImage): return x + random.random() if self.draws else x
 
-def locked(folder): return images(folder, batch=[Locked()])
+def holds_a_file(folder, draws=False): return images(folder, batch=[Logs(draws)])

@@ -139,6 +139,30 @@ def test_a_number_that_changes():
     assert (row.layer, row.cls, (row.file, row.line)) == (PATH, "Grow", line_of(Grow)) and row.count >= 2
 
 
+class Fades(nn.Module):
+    scale = 1.0
+    def forward(self, x):
+        self.scale = self.scale * 0.99
+        return x * self.scale
+
+
+def test_a_float_that_changes_with_each_call():
+    found = [r for r in find_breaks(nn.Sequential(nn.Linear(4, 4), Fades()), X) if r.kind == "recompile"]
+    assert any("scale" in r.reason and "0.99" in r.reason for r in found), found
+
+
+class Crops(nn.Module):
+    def forward(self, x):
+        i = random.randint(0, 2)
+        return x[:, i:i+2]
+
+
+def test_a_break_beside_a_draw_names_the_draw():
+    found, = find_breaks(Crops(), X, recompiles=False).breaks
+    assert "return x[:, i:i+2]" in found.source and "`i = random.randint(0, 2)`, draws a random number" in found.reason
+    assert "self.training" in found.todo
+
+
 def test_a_size_that_is_fixed_every_time():
     class Fixed(Layer):
         def forward(self, x):

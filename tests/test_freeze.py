@@ -3,6 +3,7 @@ import copy
 import datetime
 import pickle
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ from fasttransform.transform import Transform
 
 from fastai_compile.draws import FORCED, Source, global_sources, sources_kept
 from fastai_compile.errors import ConfigError, RandomTransformError
-from fastai_compile.freeze import FreezeTransforms, FrozenTransform, apply_freeze, frozen
+from fastai_compile.freeze import FreezeTransforms, apply_freeze, frozen
+from fastai_compile.held import FrozenTransform
 from fastai_compile.randomness import find_random
 from fastai_compile.reach import difference
 
 import random_mistakes as cases
-from helpers import fresh, make_images
+from helpers import fresh, make_frame, make_images
 
 PINNED = ("auto", "skip", "seed")
 by_name = {"ids": lambda c: c.name}
@@ -100,9 +102,49 @@ def test_hash_order_and_time_are_found_in_fresh_processes(folder):
 
 
 def test_what_cannot_be_copied_is_said_to_be_untested(folder):
-    found = find_random(cases.locked(folder))
-    assert not found.random and [f.name for f in found.not_tested] == ["Locked"]
+    found = find_random(cases.holds_a_file(folder))
+    assert not found.random and [f.name for f in found.not_tested] == ["Logs"]
     assert "cannot be copied" in repr(found) and "1 not tested" in repr(found)
+
+
+def test_a_lock_is_no_obstacle(folder):
+    "A lock cannot be copied, and needs no copy"
+    learn = cases.lock_held(folder)
+    found, = find_random(learn).found
+    assert found.source == "random" and "Locks" in found.name
+    for policy in ("skip", "seed"):
+        with frozen(learn, policy): assert difference(preds(learn, 1), preds(learn, 2)) is None
+    assert not find_random(cases.lock_held(folder, draws=False)).found
+
+
+def test_what_could_not_be_tested_is_no_secret(folder):
+    learn = cases.holds_a_file(folder, draws=True)
+    for policy in ("auto", "valid", "skip", "seed"):
+        with pytest.warns(UserWarning, match="Logs.*could not be tested"): learn.get_preds(cbs=FreezeTransforms(policy))
+    with pytest.raises(RandomTransformError, match="nothing on trust"): learn.get_preds(cbs=FreezeTransforms("raise"))
+
+
+@pytest.mark.parametrize("policy", ["auto", "valid", "skip", "seed", "raise"])
+def test_a_callback_comes_too_late_for_procs(policy, folder):
+    learn = cases.proc_that_draws(folder)
+    learn.add_cb(FreezeTransforms(policy))
+    df = make_frame(8, seed=2).dropna()
+    with pytest.raises(RandomTransformError, match="NoisyProc"): learn.predict(df.iloc[0])
+    learn.remove_cb(FreezeTransforms)
+    with frozen(learn, "skip"):
+        a, b = (learn.get_preds(dl=learn.dls.test_dl(df))[0] for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_a_way_out_is_one(folder, learner_of):
+    for case in cases.MISTAKES:
+        learn = learner_of(case)
+        for policy in ("auto", "seed"):
+            try:
+                with frozen(learn, policy): continue
+            except RandomTransformError as e: said = str(e)
+            for ways in re.findall(r"frozen\(learn, '(\w+)'\)", said):
+                with frozen(learn, ways): pass
 
 
 def test_what_raises_is_said_to_be_untested(folder):
@@ -182,7 +224,7 @@ def test_frozen_under_each_policy(case, policy, learner_of):
     learn, wanted = learner_of(case), getattr(case, policy)
     dls, cbs = learn.dls, list(learn.cbs)
     if wanted == "raises":
-        with pytest.raises(RandomTransformError, match=case.finds.replace("(", r"\(")) as e:
+        with pytest.raises(RandomTransformError, match=re.escape(case.finds)) as e:
             with frozen(learn, policy): pass
         assert "To settle it, one of:\n- " in str(e.value)
     else:
