@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from benchmarks.common import RESULTS, facts, noisy, parse, table, where, write
+from benchmarks.common import RESULTS, facts, kept, noisy, parse, table, where, write
 from benchmarks.photographs import frame, photographs, table_rows, vision_model
 
 OUT = RESULTS / "bulk.json"
@@ -70,13 +70,14 @@ def measure(model: str, n: int, threads: int, rounds: int) -> dict:
 def describe(data: dict) -> str:
     "The result as Markdown"
     lines = []
-    for model, m in data["models"].items():
+    for m in data["results"]:
         for k, (med, low, high) in m["times faster"].items():
-            lines.append({"model": model, "items": m["items"], "": k, "s": f"{m['s'][k]:.3g}",
+            lines.append({"model": m["model"], "items": m["items"], "": k, "s": f"{m['s'][k]:.3g}",
                           BEST: f"{m['s'][m['best of fastai']]:.3g} s ({m['best of fastai']})",
-                          "times faster": f"{med:.3g} ({low:.3g} to {high:.3g})", "goal": GOALS.get(model, ""),
+                          "times faster": f"{med:.3g} ({low:.3g} to {high:.3g})", "goal": GOALS.get(m["model"], ""),
                           "largest difference": f"{m['largest difference'][k]:.2g}"})
-    return "\n\n".join(filter(None, [table(lines), noisy(data["run"]), where(data["run"])]))
+    runs = [f"{m['model']}: {said}" for m in data["results"] for said in (noisy(m["run"]), where(m["run"])) if said]
+    return "\n\n".join([table(lines), *runs])
 
 
 def main() -> int:
@@ -90,10 +91,10 @@ def main() -> int:
     if args is None: return 0
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    data = {"run": facts(), "models": {}}
+    run, data = facts(), {"results": kept(args.out, args.models)}
     for model in args.models:
         n = args.rows if model == "tabular" else args.pictures
-        data["models"][model] = measure(model, n, args.threads, args.rounds)
+        data["results"].append({"model": model, **measure(model, n, args.threads, args.rounds), "run": run})
         write(args.out, data)
     print(describe(data))
     return 0
