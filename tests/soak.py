@@ -1,12 +1,12 @@
-"The long counts of the fault tests: kills while writing, flipped bits, cut files. Writes benchmarks/results/soak.json"
+"""The long counts: kills while writing, flipped bits, cut files, predictions from many threads.
+
+Writes benchmarks/results/soak.json. A part that is not run keeps its last result, with its own date and commit."""
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,7 +15,33 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from faults import damage, is_clean, kills, make_file
+from benchmarks.common import facts, write
 from fastai_compile.backends.base import backends, get_backend
+from threads import wrong_answers
+
+PARTS = ["kills", "damage", "threads"]
+
+
+def damages(folder: Path, flips: int, cuts: int) -> dict:
+    "Each backend of this machine: files with one bit changed, and files cut short"
+    res = {}
+    for name in [b for b in backends() if b != "eager"]:
+        probe = get_backend(name).probe("cpu")
+        if not probe.usable: res[name] = f"not run: {probe.reason}"; continue
+        (folder / name).mkdir()
+        path = make_file(folder / name, name)
+        for kind, n in (("bit flip", flips), ("truncation", cuts)):
+            print(f"{name}, {path.stat().st_size / 1e6:.2f} MB: {n} times {kind} ...", flush=True)
+            res[f"{name}, {kind}"] = damage(path, kind, n)
+            print(f"  {res[f'{name}, {kind}']}", flush=True)
+    return res
+
+
+def is_good(part: str, res: dict) -> bool:
+    "Whether nothing was silently wrong"
+    if part == "kills": return res["BROKEN"] == 0
+    if part == "threads": return res["WRONG"] == 0
+    return all(is_clean(v) for v in res.values() if isinstance(v, dict))
 
 
 def main():
@@ -23,35 +49,26 @@ def main():
     p.add_argument("--kills", type=int, default=100, help="processes killed while they write")
     p.add_argument("--flips", type=int, default=3000, help="flipped bits for each backend")
     p.add_argument("--cuts", type=int, default=2000, help="truncated files for each backend")
-    p.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "soak.json"))
+    p.add_argument("--calls", type=int, default=10_000, help="predictions from 8 threads")
+    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "soak.json")
     args = p.parse_args()
     torch.set_num_threads(1)
-    start, res = time.time(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"kills: {args.kills} ...", flush=True)
-        (Path(folder) / "kills").mkdir()
-        res["kills"] = kills(Path(folder) / "kills", args.kills)
-        print(f"  {res['kills']}", flush=True)
-        for name in [b for b in backends() if b != "eager"]:
-            probe = get_backend(name).probe("cpu")
-            if not probe.usable: res[name] = f"not run: {probe.reason}"; continue
-            (Path(folder) / name).mkdir()
-            path = make_file(Path(folder) / name, name)
-            for kind, n in (("bit flip", args.flips), ("truncation", args.cuts)):
-                print(f"{name}, {path.stat().st_size / 1e6:.2f} MB: {n} times {kind} ...", flush=True)
-                res[f"{name}, {kind}"] = damage(path, kind, n)
-                print(f"  {res[f'{name}, {kind}']}", flush=True)
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = bool(subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True).stdout)
-    out = {"date": str(date.today()), "commit": commit + (" with changes" if dirty else ""),
-           "command": " ".join(["python", "tests/soak.py", *sys.argv[1:]]),
-           "torch": torch.__version__, "seconds": round(time.time() - start), "results": res}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(out, indent=1) + "\n")
-    print(f"written to {args.out}")
-    clean = res["kills"]["BROKEN"] == 0 and all(is_clean(v) for k, v in res.items() if k != "kills" and isinstance(v, dict))
-    print("clean" if clean else "NOT CLEAN")
-    sys.exit(not clean)
+    parts = json.loads(args.out.read_text())["parts"] if args.out.exists() else {}
+    run, good = facts(), True
+    for part in args.parts:
+        print(f"{part} ...", flush=True)
+        start = time.time()
+        with tempfile.TemporaryDirectory() as tmp:
+            if part == "kills": res = kills(Path(tmp), args.kills)
+            elif part == "damage": res = damages(Path(tmp), args.flips, args.cuts)
+            else: res = wrong_answers(Path(tmp), args.calls)
+        print(f"  {res}", flush=True)
+        good &= is_good(part, res)
+        parts[part] = {"run": run, "seconds": round(time.time() - start), "results": res}
+        write(args.out, {"parts": parts})
+    print("clean" if good else "NOT CLEAN")
+    return not good
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": sys.exit(main())

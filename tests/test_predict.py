@@ -1,7 +1,6 @@
 """The lean path: fastai's answers around the same compiled model, bit for bit, from many threads; bad input is refused."""
 import io
 import re
-import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,16 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.data.transforms import Transform, get_image_files, parent_label
+from fastai.data.transforms import Transform
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.losses import MSELossFlat
 from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, TabularDataLoaders, TabularProc, noop, tabular_learner)
-from fastai.vision.all import (ImageDataLoaders, Normalize, PILImage, RandomResizedCrop, TensorImage, imagenet_stats)
+from fastai.vision.all import (Normalize, PILImage, TensorImage)
 from benchmarks import families_data
-from helpers import items_of, make_frame, make_images, small_cnn
+from helpers import items_of, make_frame
 from stock import assert_same, by_fastai, stock
+from threads import wrong_answers
 from PIL import Image as PILFile
 
 from fastai_compile.errors import CompileError, ConfigError
@@ -276,20 +275,7 @@ def test_changed_transforms_make_a_new_plan(artifacts, files):
 # ---- threads
 
 def test_many_threads_and_sizes_with_random_resized_crop(tmp_path):
-    sizes = {"x": (36, 40), "y": (61, 33), "z": (40, 90)}
-    for name, size in sizes.items(): make_images(tmp_path / name, n=8, size=size)
-    files = get_image_files(tmp_path).sorted()
-    dls = ImageDataLoaders.from_path_func(tmp_path, files, parent_label, item_tfms=RandomResizedCrop(32), bs=8,
-                                          num_workers=0, batch_tfms=Normalize.from_stats(*imagenet_stats))
-    learn = compiled(Learner(dls, small_cnn(), loss_func=CrossEntropyLossFlat(), path=tmp_path), tmp_path)
-    learn.remove_cb(ProgressCallback)
-    with by_fastai(): want = {f: stock(learn, "predict", f)[2] for f in files}
-    order = [files[i] for i in np.random.default_rng(0).integers(0, len(files), 600)]
-    gate = threading.Barrier(8)
-    def one(i):
-        if i < 8: gate.wait()
-        return torch.equal(learn.predict(order[i])[2], want[order[i]])
-    with ThreadPoolExecutor(8) as pool: assert all(pool.map(one, range(len(order))))
+    assert wrong_answers(tmp_path, 600)["WRONG"] == 0  # `make soak`: 10,000
 
 
 def test_threads_over_a_table(table):
