@@ -7,7 +7,7 @@ from fastai_compile.backends import (  # noqa: F401 - register themselves
     cerebras as _cerebras, cerebras_dynamo as _cerebras_dynamo, coreml as _coreml, cuda as _cuda, executorch as _executorch,
     inductor as _inductor, neuron as _neuron, onnx_file as _onnx_file, onnxruntime as _onnxruntime, openvino as _openvino,
     providers as _providers, tensorrt as _tensorrt, xla as _xla)
-from fastai_compile import explain as _explain  # noqa: F401 - gives `Learner` its `explain`
+from fastai_compile import explain as _explain, fast as _fast  # noqa: F401 - give `Learner` `explain` and `fast_images`
 from fastai_compile.backends.base import available_backends, register_backend
 from fastai_compile.bench import benchmark
 from fastai_compile.breaks import find_breaks

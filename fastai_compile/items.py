@@ -83,9 +83,11 @@ def _pixels(im, item):
     im.load()
     return im._new(im.im)
 
-def _open(fp, item, cls):
+def _open(fp, item, cls, smaller=None):
     try:
-        with Image.open(fp) as im: return _convert(_pixels(im, item), item, cls)
+        with Image.open(fp) as im:
+            if smaller: im.draft(None, smaller(*im.size)) # JPEG only: decoded at a half, a quarter or an eighth
+            return _convert(_pixels(im, item), item, cls)
     except InvalidInput: raise
     except FileNotFoundError: raise InvalidInput(item, 'there is no such file') from None
     except IsADirectoryError: raise InvalidInput(item, 'this is a folder, not a file') from None
@@ -134,6 +136,7 @@ def _by_fastai(item, cls):
 def open_image(
     item,     # Path, bytes, file object, `PIL.Image`, array or tensor
     cls=None, # Class of the result, a `PILBase`; None: `PILImage`
+    smaller=None, # (width, height) -> size that is enough, for a file; None: as it is
 ):            # `cls`
     "An image as `cls.create` opens it, with every way that gives another picture refused. Raises `InvalidInput`"
     if cls is None:
@@ -143,7 +146,7 @@ def open_image(
     if isinstance(item, Image.Image): return cls(_from_pil(item, item, cls))
     if isinstance(item, torch.Tensor): im = Image.fromarray(_array(_from_tensor(item, item), item))
     elif isinstance(item, np.ndarray): im = Image.fromarray(_array(item, item))
-    else: return cls(_open(_readable(item), item, cls))
+    else: return cls(_open(_readable(item), item, cls, smaller))
     return cls(_convert(im, item, cls))
 
 def _readable(item):
