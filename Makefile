@@ -9,6 +9,8 @@ JOBS ?= 2
 
 # beside other load, OpenMP threads that spin stall each other; on an idle machine sleeping ones are slow to wake
 test soak: export OMP_WAIT_POLICY ?= PASSIVE
+# the code around inductor's kernels, not the kernels: without optimisation it compiles in two thirds of the time
+test: export AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL ?= O0
 
 .PHONY: help demo test test-workers soak docs save export lint clean
 

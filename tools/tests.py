@@ -7,6 +7,7 @@ name what was skipped, why, and what failed. Further arguments go to pytest.
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ def start(path: Path, args: list[str], said: Path) -> int:
         out = os.open(said, os.O_WRONLY | os.O_CREAT)
         for fd in (1, 2): os.dup2(out, fd)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this runs in the background
         status = run_module("pytest", ["-q", "-rfEs", str(path), *args], ROOT)
     finally:
         sys.stdout.flush()
