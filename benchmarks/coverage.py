@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import RESULTS, child_env, facts, table, where, write
@@ -25,37 +26,49 @@ PACKAGES = ("openvino", "executorch", "coremltools", "tensorrt", "torch_tensorrt
 
 
 # ---- models
-def _classifier(arch):
-    from benchmarks.families_data import classifier
-    return lambda path: classifier(arch, path, size=SIZE)
-
-
-def _vit(path):
-    import timm
-    from fastai.learner import Learner
-    from fastai.vision.all import CategoryBlock, ColReader
-    from benchmarks.families_data import _vision_dls
-    dls = _vision_dls(path / "images", CategoryBlock, get_y=ColReader("color"))
-    return Learner(dls, timm.create_model("vit_small_patch16_224", img_size=SIZE, num_classes=dls.c), path=path)
+def _classifier(arch, **kwargs):
+    def make(path):
+        from benchmarks.families_data import classifier
+        return classifier(arch, path, size=SIZE, **kwargs)
+    return make
 
 
 def _family(name):
-    from benchmarks.families_data import FAMILIES
-    return FAMILIES[name].make
+    def make(path):
+        from benchmarks.families_data import FAMILIES
+        return FAMILIES[name].make(path)
+    return make
 
 
-def _resnet18(path):
-    from fastai.vision.all import resnet18
-    return _classifier(resnet18)(path)
+def _of_fastai(name):
+    "A backbone that fastai exports: of torchvision or its own"
+    def make(path):
+        import fastai.vision.all
+        return _classifier(getattr(fastai.vision.all, name))(path)
+    return make
 
 
-MODELS = {
-    "resnet18": _resnet18,
-    "convnext_tiny": lambda path: _classifier("convnext_tiny")(path),
-    "vit_small": _vit,
-    "unet": lambda path: _family("unet")(path),
-    "tabular": lambda path: _family("tabular_classification")(path),
-    "text": lambda path: _family("text_classifier")(path),
+MODELS = { # the first six go to all targets first
+    "resnet18": _of_fastai("resnet18"),
+    "convnext_tiny": _classifier("convnext_tiny"),
+    "vit_small": _classifier("vit_small_patch16_224", img_size=SIZE),
+    "unet": _family("unet"),
+    "tabular": _family("tabular_classification"),
+    "text": _family("text_classifier"),
+    "resnet50": _of_fastai("resnet50"),
+    "xresnet18": _of_fastai("xresnet18"),
+    "densenet121": _of_fastai("densenet121"),
+    "efficientnet_b0": _classifier("efficientnet_b0"),
+    "mobilenetv3_large_100": _classifier("mobilenetv3_large_100"),
+    "mobilenetv2_100": _classifier("mobilenetv2_100"),
+    "regnety_004": _classifier("regnety_004"),
+    "resnext50_32x4d": _classifier("resnext50_32x4d"),
+    "convnextv2_nano": _classifier("convnextv2_nano"),
+    "tabular, a number": _family("tabular_regression"),
+    "collab": _family("collab_nn"),
+    "several labels": _family("multilabel"),
+    "points": _family("points"),
+    "two inputs": _family("several_inputs"),
 }
 
 
@@ -116,7 +129,9 @@ def run_cell(model: str, target: str, path: Path) -> dict:
         cell = {"result": "refused", "message": f"{type(e).__name__}: {str(e)[:1500]}"}
         return cell | _where_it_stops(learn, backend, make_config(target))
     reached = re.search(r", (lowered|compiled|executed)\b", report.placement)
+    row = next((r for r in report.candidates if r["backend"] == target), {})
     return {"result": reached[1] if reached else "unknown", "max_diff": report.max_diff if probe.usable else None,
+            "measured": row.get("largest difference", ""),
             "placement": report.placement, "rewrites": _rewrites(learn, backend), "mb": report.size_mb,
             "export_s": round(time.perf_counter() - start, 1), "notes": report.notes[-1:] if not probe.usable else []}
 
@@ -147,7 +162,33 @@ def _short(cell: dict) -> str:
     if cell is None: return "not run"
     if cell["result"] == "refused": return "refused: " + (", ".join(list(cell.get("refused", {}))[:3]) or cell["message"][:60])
     if cell.get("max_diff") is not None: return f"{cell['result']} {cell['max_diff']:.0e}"
-    return cell["result"]
+    return f"{cell['result']} {cell.get('measured', '')}".strip()
+
+
+def _rewritten(cells) -> list[str]:
+    "A line for each model: which rewrites its targets used"
+    res = {}
+    for at, cell in cells.items():
+        model, target = at.split("/")
+        if used := ", ".join(f"{k} ({n})" for k, n in cell.get("rewrites", {}).items()):
+            res.setdefault(model, {}).setdefault(used, []).append(target)
+    def told(by): # what most targets use, and what others use instead
+        most, *others = sorted(by, key=lambda used: -len(by[used]))
+        return "; ".join([most, *[f"for {', '.join(by[used])}: {used}" for used in others]])
+    return [f"- {m}: {told(by)}" for m, by in res.items()]
+
+
+def _refusals(cells) -> list[str]:
+    "A line for each refusal, with what the target said"
+    def told(cell): return "; ".join(f"{k}: {v}" for k, v in cell.get("refused", {}).items()) or cell["message"]
+    return [f"- {at.replace('/', ' for ')}: {' '.join(told(c).split())[:400]}" for at, c in cells.items()
+            if c["result"] in ("refused", "crashed", "no end")]
+
+
+def _runs(data) -> list[str]:
+    "A line for each run that cells come from"
+    count = Counter(c.get("run", 0) for c in data["cells"].values())
+    return [f"- {n} cells: {where(data['runs'][i])}" for i, n in sorted(count.items())]
 
 
 def describe(path: Path) -> str:
@@ -156,12 +197,14 @@ def describe(path: Path) -> str:
     cells = data["cells"]
     models = list(dict.fromkeys(k.split("/")[0] for k in cells))
     names = list(dict.fromkeys(k.split("/")[1] for k in cells))
-    rows = [{"model": m, **{t: _short(cells.get(f"{m}/{t}")) for t in names if any(
-             cells.get(f"{k}/{t}", {}).get("result", "not here") != "not here" for k in models)}} for m in models]
-    absent = {t: cells[f"{models[0]}/{t}"]["message"] for t in names if t not in rows[0]}
-    lines = [where(data["runs"][-1]), "", table(rows), ""]
+    here = [t for t in names if any(cells.get(f"{m}/{t}", {}).get("result", "not here") != "not here" for m in models)]
+    rows = [{"target": t, **{m: _short(cells.get(f"{m}/{t}")) for m in models}} for t in here]
+    absent = {t: cells[f"{models[0]}/{t}"]["message"] for t in names if t not in here}
+    lines = [table(rows), "", f"Images of {SIZE} pixels; the number is the largest difference to eager.", ""]
+    if refused := _refusals(cells): lines += ["Refused:", "", *refused, ""]
+    if used := _rewritten(cells): lines += ["Rewritten into equal forms:", "", *used, ""]
     if absent: lines += ["Not here:", "", *[f"- `{t}`: {why}" for t, why in absent.items()], ""]
-    return "\n".join([*lines, f"Images of {SIZE} pixels; the number is the largest difference to eager."])
+    return "\n".join([*lines, *_runs(data)])
 
 
 def run_all(args) -> None:

@@ -137,20 +137,13 @@ def _vision_dls(path, *blocks, get_y, size=SIZE):
     return block.dataloaders(images(path), bs=BS, num_workers=0, device=torch.device("cpu"))
 
 
-def classifier(arch, path, size=SIZE):
+def classifier(arch, path, size=SIZE, **kwargs):
     "An image classifier around `arch`"
     dls = _vision_dls(path / "images", CategoryBlock, get_y=ColReader("color"), size=size)
-    return vision_learner(dls, arch, pretrained=False, metrics=accuracy, path=path)
+    return vision_learner(dls, arch, pretrained=False, metrics=accuracy, path=path, **kwargs)
 
 
-def _classify(arch): return lambda path: classifier(arch, path)
-
-
-def _vit(path):
-    import timm
-    dls = _vision_dls(path / "images", CategoryBlock, get_y=ColReader("color"))
-    net = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=SIZE, num_classes=dls.c)
-    return Learner(dls, net, metrics=accuracy, path=path)
+def _classify(arch, **kwargs): return lambda path: classifier(arch, path, **kwargs)
 
 
 def _multilabel(path):
@@ -264,7 +257,8 @@ FAMILIES = {
     "efficientnet_b0": Family("vision_learner, timm efficientnet_b0", _classify("efficientnet_b0"), _files, "timm"),
     "mobilenetv3": Family("vision_learner, timm mobilenetv3_small_100", _classify("mobilenetv3_small_100"), _files,
                           "timm"),
-    "vit_tiny": Family("Learner, timm vit_tiny_patch16_224", _vit, _files, "timm"),
+    "vit_tiny": Family("vision_learner, timm vit_tiny_patch16_224", _classify("vit_tiny_patch16_224", img_size=SIZE), _files,
+                       "timm"),
     "multilabel": Family("vision_learner, several labels", _multilabel, _files),
     "points": Family("vision_learner, points", _points, _files),
     "image_regression": Family("vision_learner, regression", _regression, _files),

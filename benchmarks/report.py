@@ -3,7 +3,8 @@ import json
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import bulk, cerebras, cold, coverage, diagnose, families, gpu, model, overhead, predict, scale
+from benchmarks import (bulk, cerebras, cold, coverage, diagnose, families, gpu, gpu_predict, imports, limits, model,
+                        overhead, predict, scale)
 from benchmarks.common import RESULTS, ROOT
 
 TEXT = """\
@@ -25,6 +26,10 @@ idle virtual machine took 0.5 ms, more than 20 small models.
 All take and return tensors; ONNX Runtime by hand has the defaults of its session, and only the compiled model checks its inputs.
 
 {model}
+
+How far that is from the arithmetic and the memory of the machine, by `python benchmarks/limits.py`:
+
+{limits}
 
 ## One item, end to end
 
@@ -53,6 +58,10 @@ For pairs of a collab learner, into the frame that `test_dl` makes. "Not written
 
 {cold}
 
+What the library adds to the import of fastai, by `python benchmarks/imports.py` (the limit that we hold to is 0.3 s):
+
+{imports}
+
 ## How it grows
 
 `python benchmarks/scale.py`
@@ -73,9 +82,13 @@ For pairs of a collab learner, into the frame that `test_dl` makes. "Not written
 
 ## NVIDIA GPUs
 
-`python benchmarks/gpu.py`
+`python benchmarks/gpu.py`: the models alone.
 
 {gpu}
+
+`python benchmarks/gpu_predict.py`: a ConvNeXt-Base on 5,000 photographs, one at a time, from the file to the decoded answer.
+
+{gpu_predict}
 
 ## What an export costs
 
@@ -89,6 +102,12 @@ For pairs of a collab learner, into the frame that `test_dl` makes. "Not written
 For each policy the table says what became of the transform; "error" means a `RandomTransformError` that names it.
 
 {diagnose}
+
+## Long counts
+
+`make soak`: processes killed while they write a file, files with one bit changed or cut short, predictions from eight threads.
+
+{soak}
 
 ## Families of learners
 
@@ -106,12 +125,26 @@ def _described(module, name: str) -> str:
     return module.describe(json.loads(path.read_text())) if path.exists() else "Not run."
 
 
+def _long_counts() -> str:
+    "soak.json as Markdown"
+    path = RESULTS / "soak.json"
+    if not path.exists(): return "Not run."
+    lines = []
+    for part, d in json.loads(path.read_text())["parts"].items():
+        rows = d["results"] if part == "damage" else {part: d["results"]}
+        said = {n: ", ".join(f"{k}: {v}" for k, v in r.items()) if isinstance(r, dict) else r for n, r in rows.items()}
+        lines += [f"- {name}: {text}" for name, text in said.items()]
+        lines.append(f"- ({part}: {d['run']['date'][:10]}, commit {d['run']['commit'][:7]}, `{d['run']['command']}`)")
+    return "\n".join(lines)
+
+
 def text() -> str:
     "The page"
-    parts = bulk, cerebras, cold, diagnose, gpu, model, overhead, predict, scale
+    parts = bulk, cerebras, cold, diagnose, gpu, gpu_predict, imports, limits, model, overhead, predict, scale
     told = {m.__name__.rpartition(".")[2]: m for m in parts}
     cells = coverage.describe(coverage.OUT) if coverage.OUT.exists() else "Not run."
-    return TEXT.format(**{name: _described(m, name) for name, m in told.items()}, coverage=cells, families=families.describe())
+    pages = {name: _described(m, name) for name, m in told.items()}
+    return TEXT.format(**pages, coverage=cells, soak=_long_counts(), families=families.describe())
 
 
 if __name__ == "__main__": (ROOT / "benchmarks" / "README.md").write_text(text())

@@ -17,7 +17,7 @@ import tempfile
 import torch
 from fastai.vision.all import resnet18
 
-import fastai_compile.backends.xla  # noqa: F401 - registers its targets
+import fastai_compile  # noqa: F401 - registers its targets
 from benchmarks.common import RESULTS, ROOT, facts, write
 from fastai_compile import CompileConfig, CompileError
 from fastai_compile.backends.base import get_backend
@@ -84,8 +84,8 @@ def main():
         res["tests"] = {"returncode": done.returncode, "summary": done.stdout.strip().splitlines()[-1]}
         print(res["tests"])
     for name, model, example in models():
-        captured = capture(model, example, max_bs=8)
-        res["models"][name] = {t: through(t, captured) for t in ("xla", "tpu")}
+        captures = {t: capture(model, example, 8, get_backend(t).rewrites) for t in ("xla", "tpu", "cerebras")}
+        res["models"][name] = {t: through(t, captured) for t, captured in captures.items()}
         print(name, res["models"][name])
     write(args.out, res)
     return res.get("tests", {}).get("returncode", 0)

@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'FORMAT', 'make_blob', 'read_blob', 'open_blob', 'pickle_glo
            'check_target', 'write_artifact', 'write_whole', 'Manifest', 'inspect_artifact', 'open_artifact']
 
 # %% ../nbs/06_artifact.ipynb #ddaa71d7
-import _compat_pickle, contextlib, hashlib, importlib, importlib.metadata, io, json, os, pickletools
+import _compat_pickle, contextlib, functools, hashlib, importlib, importlib.metadata, io, json, os, pickletools
 import re, shutil, stat, struct, sys, tempfile, zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,6 +57,9 @@ def _on_mismatch(choice):
     if choice not in _CHOICES: raise ConfigError(f'on_mismatch={choice!r}: choose one of {", ".join(_CHOICES)}')
     return choice
 
+def _mend(module, line):
+    return f'make sure that `{line}` works here: put the file of module {module!r} on PYTHONPATH, or install its package'
+
 def _check_definitions(definitions):
     "Raise `MissingDefinition` for the first function or class that the file needs and this process lacks"
     for module, name in definitions:
@@ -68,8 +71,7 @@ def _check_definitions(definitions):
             if module == '__main__':
                 how = f'define `{name}` in your script before loading, or move it to a module and export again'
             else:
-                how = (f'make sure that `from {module} import {name.split(".")[0]}` works here: '
-                       f'put the file of module {module!r} on PYTHONPATH, or install its package')
+                how = _mend(module, f'from {module} import {name.split(".")[0]}')
             raise MissingDefinition(f'the file needs {name!r} from module {module!r}, which is not there ({e}): '
                                     f'{how}') from e
 
@@ -96,8 +98,10 @@ def open_blob(
     _check_definitions(manifest['definitions'])
     try: obj = torch.load(io.BytesIO(inner), map_location='cpu', weights_only=False)
     except CompileError: raise
-    except (ImportError, AttributeError) as e:
-        raise MissingDefinition(f'{where} needs something that is not importable here: {e}') from e
+    except (ImportError, AttributeError) as e: # what a function that was copied into the file imports
+        module = getattr(e, 'name', None) if isinstance(e, ImportError) else None
+        how = f': {_mend(module, f"import {module}")}' if module else ''
+        raise MissingDefinition(f'{where} needs something that is not importable here ({e}){how}') from e
     except Exception as e:
         raise ArtifactError(f'{where} cannot be unpickled with torch {torch.__version__}; '
                             f'it was made with {manifest.get("versions")}: {type(e).__name__}: {e}') from e
@@ -137,11 +141,17 @@ def _python3(module, name):
     module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
     return _compat_pickle.IMPORT_MAPPING.get(module, module), name
 
+@functools.lru_cache(1)
+def _distributions(folders): return importlib.metadata.packages_distributions()
+
+def _folders(): # pip changes the time of a folder in which it installs something
+    return tuple((p, os.stat(p).st_mtime_ns) for p in sys.path if os.path.exists(p))
+
 def where_from(
     modules, # Names of modules
 )->dict:     # {top-level name: 'Python', the installed distribution, or 'not an installed package'}
     "Where each module comes from"
-    dists = importlib.metadata.packages_distributions()
+    dists = _distributions(_folders())
     tops = sorted({m.split('.')[0] for m in modules})
     def origin(top):
         if top in sys.stdlib_module_names: return 'Python'
@@ -260,7 +270,8 @@ def inspect_artifact(
     path, # A file written by `learn.export(..., compile=...)`
 )->Manifest:
     "The manifest of a compiled file, its hash checked and nothing executed. Raises `ArtifactError`"
-    return Manifest(read_blob(_blob_of(path), path)[0])
+    blob = _blob_of(path)
+    return Manifest(read_blob(blob, path)[0], sha256=bytes(blob[len(MAGIC):len(MAGIC)+32]).hex())
 
 def open_artifact(
     path, # A file written by `learn.export(..., compile=...)`

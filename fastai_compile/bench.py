@@ -68,10 +68,9 @@ def _measure(contenders, items, bs, seconds):
     rows = [_row(c, bs, rec.get(c.name), timings, base, noise) for c in contenders]
     alive = [c for c in ready if c.name in timings]
     if yard in alive: _add_models(rows, alive, yard, items, bs, .25*seconds)
-    stock = next((c for c in alive if c.name == STOCK), None)
-    split = stage_split(stock.learn, items, bs, budget_s=.05*seconds) if stock else {}
+    splits = {c.name: stage_split(c.learn, items, bs, budget_s=.05*seconds/len(alive)) for c in alive}
     for r in rows:
-        if not r.failed: r.stages = {k: v for k, v in split.items() if k != 'model'}
+        if not r.failed: r.stages = {k: v for k, v in splits[r.target].items() if k != 'model'}
     return rows, noise
 
 def _row(c, bs, rec, timings, base, noise):
@@ -173,7 +172,8 @@ def _notes(res, others, cold, budget_s):
     notes += [*_more_calls(res, budget_s),
               'two calls warm up each contender, all later ones count; a percentile is empty where they are too few',
               'times stock: end to end, compared round by round (98% interval); "none": inside the noise or below 5%',
-              'stages: medians of fastai\'s own pipeline run piece by piece; rest: what the call takes beyond them',
+              "stages: medians of each target's own way run piece by piece, empty where it has no such pieces; "
+              'rest: what the call takes beyond them',
               'break-even: calls of this batch size until the whole export is paid back']
     if cold:
         notes.append(f'cold start: process start to first answer, median of {cold} fresh processes in turn, files in '

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.torch_core import TensorBase
-from .errors import CaptureError, GraphBreakError
+from .errors import CaptureError, ConfigError, GraphBreakError
 from .example import Example
 from .indices import IndexGuard
 from .rewrites import apply_rewrites, copy_model
@@ -195,6 +195,8 @@ def capture(
     dynamic_size=False, # Let height and width of 4-d inputs vary
 )->Captured:
     "Capture `model` as one graph with a batch from 1 to `max_bs`. Raises `CaptureError` with the compiler's reason"
+    if dynamic_size and not any(x.ndim == 4 for x in example.xb):
+        raise ConfigError('dynamic_size=True lets height and width of images vary; no input of this model is 4-d: leave it out')
     start = time.perf_counter()
     eager = copy_model(model)
     form, used, extra, guards = apply_rewrites(copy_model(eager, share=True), rewrites)

@@ -9,7 +9,7 @@ __all__ = ['unwrap', 'choose_candidates', 'candidate_row', 'Candidate', 'Stages'
 # %% ../nbs/11_choose.ipynb #9d33a2dc
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 import torch
 from fastprogress.fastprogress import progress_bar
 from .answers import check_answers
@@ -107,6 +107,7 @@ class Candidate:
     load_s:float = 0.             # To load
     failed:str = ''               # Why it is out
     error:Exception|None = None   # The same, to raise
+    rewrites:dict = field(default_factory=dict) # Of a model that was prepared: {rewrite: how often}
 
 class Stages:
     "Seconds of each stage, and a progress bar where the learner shows bars"

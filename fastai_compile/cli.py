@@ -171,12 +171,14 @@ def bench(
 ):
     "Measure stock fastai, PyTorch and every target on this machine: percentiles, stages, cold start, memory, cost"
     chosen = targets if targets == _EVERY else _names(targets)
+    if plots and scenario: raise ConfigError('--plots draws what is measured without --scenario: leave one of them out; '
+                                             '--json writes every request')
     sizes, more, items = _sizes(bs), _options(options), read_items(items)
     more |= _given(threads=threads, hourly_price=price, scenario=scenario, qps=qps)
     res = benchmark(open_file(file, define), items, chosen, sizes, budget_s, cold=cold, **more)
     print(res)
     if json: Path(json).write_text(res.to_json())
-    if plots and not scenario: _plot(res, Path(plots))
+    if plots: _plot(res, Path(plots))
 
 def _plot(res, folder):
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,14 +59,8 @@ def _start_process(folder, name, hash_seed, shift):
     args = [sys.executable, '-c', code, str(folder/'steps'), str(folder/name), '0']
     return subprocess.Popen(args, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-def run_elsewhere(
-    steps, # [(run, transform, inputs)]
-)->list:   # For each step: (results as they are, with another hash seed, 40 days later), or why it could not run
-    "Run each step in three fresh processes"
-    packed, why = [], {}
-    for i, s in enumerate(steps):
-        try: packed.append(cloudpickle.dumps(s))
-        except Exception as e: packed.append(b''); why[i] = f'it cannot be pickled ({type(e).__name__}: {str(e)[:80]})'
+def _run_packed(packed):
+    "For each pickled step its pickled results of each of the three processes, or what it raised there"
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         (folder/'steps').write_bytes(cloudpickle.dumps(packed))
@@ -74,13 +68,21 @@ def run_elsewhere(
         errs = [p.communicate()[1] for p in ps]
         for p, err in zip(ps, errs):
             if p.returncode: raise RuntimeError(f'a fresh process failed: {err[-500:]}')
-        cols = [cloudpickle.loads((folder/str(i)).read_bytes()) for i in range(3)]
-    rows: list = []
-    for i, row in enumerate(zip(*cols)):
+        return list(zip(*[cloudpickle.loads((folder/str(i)).read_bytes()) for i in range(3)]))
+
+def run_elsewhere(
+    steps, # [(run, transform, inputs)]
+)->list:   # For each step: (results as they are, with another hash seed, 40 days later), or why it could not run
+    "Run each step in three fresh processes"
+    packed: dict = {}
+    rows: dict = {}
+    for i, s in enumerate(steps):
+        try: packed[i] = cloudpickle.dumps(s)
+        except Exception as e: rows[i] = f'it cannot be pickled ({type(e).__name__}: {str(e)[:80]})'
+    for i, row in zip(packed, _run_packed(list(packed.values())) if packed else []):
         said = [r for r in row if isinstance(r, str)]
-        if i in why or said: rows.append(why.get(i) or f'it raises in a fresh process: {said[0][:100]}')
-        else: rows.append([cloudpickle.loads(r) for r in row])
-    return rows
+        rows[i] = f'it raises in a fresh process: {said[0][:100]}' if said else [cloudpickle.loads(r) for r in row]
+    return [rows[i] for i in range(len(steps))]
 
 # %% ../nbs/03_elsewhere.ipynb #ccb7b1cd
 def search_elsewhere(

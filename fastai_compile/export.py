@@ -60,6 +60,19 @@ def _interruptible():
     finally: signal.signal(signal.SIGINT, usual)
     if pressed: raise KeyboardInterrupt
 
+def _as_torch_compile(config, name, conf):
+    "(`config` with the backend and the options that `torch.compile` was given, notes). Raises `BackendUnavailable`"
+    if name not in backends():
+        raise BackendUnavailable(f'learn.model was compiled by torch.compile(backend={name!r}), for which '
+            f"there is no file format here. Name one of {', '.join(backends())}: `learn.export(path, compile='onnxruntime')`")
+    options, notes = {k: v for k, v in conf.items() if not k.startswith('triton')}, []
+    if name == 'inductor' and conf.get('triton.cudagraphs'): # mode='reduce-overhead'
+        gpu = get_backend('inductor:cuda').probe(config.device)
+        if gpu.usable: name, options = 'inductor:cuda', {'settings': options}
+        else: notes = ['torch.compile was asked for CUDA graphs (mode="reduce-overhead"), and this file runs on the CPU, '
+                       f'without them: inductor:cuda cannot be used here, {gpu.reason}']
+    return replace(config, backends=(name,), options=config.options or options), notes
+
 def compile_learner(
     learn,  # Learner; not changed
     config, # `CompileConfig`
@@ -67,13 +80,8 @@ def compile_learner(
     """Everything up to the file. Raises `CaptureError`, `BackendUnavailable`, `BackendError`, `VerificationError`,
     `RandomTransformError`"""
     eager_model, torch_backend, conf = unwrap(learn.model)
-    if torch_backend and config.backends is True:
-        options = config.options or {k: v for k, v in conf.items() if not k.startswith('triton')}
-        config = replace(config, backends=(torch_backend,), options=options)
-        if torch_backend not in backends():
-            raise BackendUnavailable(f'learn.model was compiled by torch.compile(backend={torch_backend!r}), for which '
-                f"there is no file format here. Name one of {', '.join(backends())}: "
-                "`learn.export(path, compile='onnxruntime')`")
+    notes: list = []
+    if torch_backend and config.backends is True: config, notes = _as_torch_compile(config, torch_backend, conf)
     check_level(config)
     table = Table()
     cands = choose_candidates(config, table)
@@ -82,6 +90,7 @@ def compile_learner(
         with _interruptible(), _Turn.lock, preserved(learn), torch.random.fork_rng(devices=[]):
             with stages('freeze'): dls, rows = freeze_of(learn, config)
             with _with_dls(learn, dls): res = _pipeline(learn, eager_model, config, cands, table, stages, rows)
+            res.report.notes += notes
             return replace(res, dls=dls)
     finally: stages.close()
 

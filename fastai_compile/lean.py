@@ -14,7 +14,7 @@ from .preds import lean_get_preds, why_not_gathered
 from .errors import CompileError
 from .items import InvalidInput
 from .rows import as_row, lean_predict_row, row_plan
-from .stream import predict_many
+from .stream import predict_many, predict_one_row
 
 # %% ../nbs/23_lean.ipynb #9d3415d1
 _stock_predict = getattr(Learner.predict, 'stock', Learner.predict)
@@ -24,7 +24,8 @@ _stock_row = getattr(TabularLearner.predict, 'stock', TabularLearner.predict)
 def _predict(self:Learner, item, rm_type_tfms=None, with_input=False):
     "Prediction on `item`: as fastai's, and on a compiled learner without its loop. Raises `InvalidInput`"
     plan = plan_of(self)
-    if plan is None or row_plan(plan): return _stock_predict(self, item, rm_type_tfms, with_input)
+    if not plan: return _stock_predict(self, item, rm_type_tfms, with_input)
+    if row_plan(plan): return predict_one_row(self, item) # fastai's own fails there
     return lean_predict(self, plan, item, rm_type_tfms, with_input)
 
 def _by_fastai(learn, row):

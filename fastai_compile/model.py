@@ -6,7 +6,7 @@
 __all__ = ['WeightWatch', 'CompiledModel']
 
 # %% ../nbs/05_model.ipynb #b9970855
-import math, os, threading, time
+import functools, math, os, threading, time
 import torch
 from fastai.torch_core import TensorBase
 from torch import nn
@@ -14,6 +14,10 @@ from .backends.base import check_placement, cpu_threads, get_backend
 from .errors import FallbackError, InputError, NotTrainable
 
 # %% ../nbs/05_model.ipynb #68365284
+@functools.cache
+def _weights(n): # odd numbers, so that a change in one place, or a changed order, changes the sum
+    return torch.randint(-2**30, 2**30, (n,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))*2 + 1
+
 class WeightWatch:
     "Notices weights that change under a compiled model"
     part, every_s, at_most = 2**16, 5e-4, 8 # Numbers in a part; a part is due every `every_s`; parts of one call
@@ -32,7 +36,8 @@ class WeightWatch:
         if d.get(k) is not t: return None
         flat = t.detach().contiguous().view(-1)
         flat = flat.view(torch.uint8 if flat.numel()*flat.element_size() % 4 else torch.int32)
-        return t.data_ptr(), flat[start:start+self.part].sum().item()
+        part = flat[start:start+self.part].to(torch.int32)
+        return t.data_ptr(), torch.dot(part, _weights(self.part)[:len(part)]).item()
 
     def changed(self, everything=False):
         "True when a change is seen"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['why_loader', 'set_fast', 'Plan', 'remember', 'plan_of', 'stream_plan', 'why_not_lean', 'gather', 'forward',
-           'batch_of', 'lean_predict']
+           'answer_of', 'batch_of', 'lean_predict']
 
 # %% ../nbs/20_predict.ipynb #90a94b50
 import threading, weakref
@@ -268,7 +268,14 @@ def _target(plan, lane, inp, dec_preds):
     if key is not None and type(res) is Category: lane.answers[key] = copy(res)
     return res
 
-def _answer(learn, plan, lane, b, with_input):
+def answer_of(
+    learn, # Learner with a compiled model
+    plan,  # Its `Plan`
+    lane,  # From `batch_of`
+    b,     # The batch of one that came with it
+    with_input=False, # As in `learn.predict`
+)->tuple:  # As from `learn.predict`
+    "The model's answer to a batch of one, decoded"
     inputs, preds, *_ = forward(learn, plan, b)
     preds = getcallable(plan.loss_func, 'activation')(gather(preds))
     dec_preds = getcallable(plan.loss_func, 'decodes')(preds)
@@ -304,6 +311,6 @@ def lean_predict(
 )->tuple:  # As from `learn.predict`
     "`Learner.predict` for a compiled learner. Raises `InvalidInput`"
     lane, b = batch_of(plan, item, rm_type_tfms)
-    try: return _answer(learn, plan, lane, b, with_input)
+    try: return answer_of(learn, plan, lane, b, with_input)
     except InvalidInput: raise
     except InputError as e: raise InvalidInput(item, str(e)) from e

@@ -20,7 +20,7 @@ from .errors import BackendError, BackendUnavailable, CompileError, WriteError
 from .model import CompiledModel
 from .report import Report
 from .rewrites import copy_model
-from .summary import runs_on, weights_note, _where
+from .summary import runs_on, weights_note, what_was_done, _where
 from .verify import EAGER_FACTOR, FLOOR, Verdict
 
 # %% ../nbs/13_prepare.ipynb #6c467792
@@ -84,12 +84,16 @@ def prepare(
     res.deferred = probe.reason if not getattr(backend, 'open_format', '') else f'handed over as {backend.open_format}'
     scale = max([o.abs().max().item() for o in reference['out'] if o.is_floating_point() and o.numel()], default=0.)
     reference['limit'] = _limit(captured, reference, config.tolerance or getattr(backend, 'tolerance', 0)*scale)
-    return Candidate(backend.name, res, Verdict(False, Table(), 0.), stages.seconds['compile'])
+    return Candidate(backend.name, res, Verdict(False, Table(), 0.), stages.seconds['compile'], rewrites=captured.rewrites)
 
 def _checked(winner):
     "What compared the numbers of a plain file"
     by = getattr(get_backend(winner.name), 'checked_by', '')
     return Table([{'check': 'numbers', 'by': by, 'result': 'agrees with eager PyTorch'}] if by else [])
+
+def _measured(choices):
+    "What the adapter itself measured when it lowered the model, and where"
+    return next((f'{v:.2g} ({k})' for k, v in choices.items() if k.startswith(('largest difference', 'off in'))), '')
 
 def prepared_report(
     winner,  # `Candidate` of `prepare`
@@ -99,12 +103,11 @@ def prepared_report(
 )->Report:
     "What was done, and what was not"
     model, p = winner.model, winner.model.payload.placement
-    rows = Table([candidate_row(winner.name, p.level, compile_s=f'{winner.seconds:.1f}', mb=f'{model.payload.size_mb:.1f}',
-                               placement=_where(p))])
+    rows = Table([candidate_row(winner.name, p.level, diff=_measured(model.payload.choices), compile_s=f'{winner.seconds:.1f}',
+                                mb=f'{model.payload.size_mb:.1f}', placement=_where(p))])
     limit = f"{model.reference['limit']:.2g}"
     gate = Table([{'check': 'deferred', 'what': 'reference row', 'against': 'eager fp32', 'result': 'not run here',
                    'allowed': limit}])
-    choices = ', '.join(f'{k}={v}' for k, v in model.payload.choices.items() if v not in ({}, None))
     plain = model.deferred.startswith('handed over')
     after = 'give {path!r} to the tools it is for' if plain else Report.after
     if plain: gate, says = _checked(winner), f'{winner.name}: a plain file for other tools; fastai_compile does not open it again'
@@ -112,7 +115,7 @@ def prepared_report(
         says = f'{winner.name}: {p.level} here, not run ({model.deferred}); the gate is deferred to the first open on the target'
     return Report(says, '', winner.name, rows, gate, dict(stages.seconds), 0., weights_note(model, True), str(p),
                   runs_on(model.payload.needs), repr(example), frozen,
-                  [f'choices of the backend: {choices}'] if choices else [], after=after)
+                  what_was_done(winner.rewrites, model.payload.choices), after=after)
 
 # %% ../nbs/13_prepare.ipynb #ed919386
 def write_open_format(

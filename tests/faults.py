@@ -16,19 +16,20 @@ import sys; sys.path[:0] = [{tests!r}, {root!r}]
 from helpers import table_learner
 import torch
 from pathlib import Path
-folder, backend = Path({folder!r}), {backend!r}
+folder = Path({folder!r})
 learn = table_learner(folder, epochs=1)
-learn.export(folder/f'{{backend}}.pkl', compile=backend, options={options!r})
+for backend in {backends!r}:
+    options = dict(freezing=False) if backend == 'inductor' else {{}}
+    learn.export(folder/f'{{backend}}.pkl', compile=backend, options=options)
 """
 
 
-def make_file(folder, backend):
-    "A small exported file, made by a process of its own so that this one stays free of OpenMP threads"
-    options = {"freezing": False} if backend == "inductor" else {}
-    code = MAKE.format(tests=str(TESTS), root=str(TESTS.parent), folder=str(folder), backend=backend, options=options)
+def make_files(folder, backends):
+    "{backend: small exported file}, made by a process of its own so that this one stays free of OpenMP threads"
+    code = MAKE.format(tests=str(TESTS), root=str(TESTS.parent), folder=str(folder), backends=list(backends))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr[-2000:])
-    return Path(folder) / f"{backend}.pkl"
+    return {backend: Path(folder) / f"{backend}.pkl" for backend in backends}
 
 
 def _answer(learn):
@@ -103,15 +104,16 @@ def is_clean(res): return res["CRASHED"] == 0 and not any("WRONG" in k or "NOT T
 
 
 def kills(folder, count, seed=0, mb=4):
-    "SIGKILL a process that rewrites a file again and again; the file must be whole every time"
+    "SIGKILL a process that rewrites a file, until `count` kills met it in the middle of a write; the file must always be whole"
     from fastai_compile.artifact import inspect_artifact, read_blob, write_artifact, _blob_of
     folder, rng = Path(folder), random.Random(seed)
     path = folder / "model.pkl"
     inner = {name: bytes([i]) * int(mb * 1e6) for i, name in enumerate("AB")}
     facts = {"python": "any", "needs": {}, "definitions": []}
     write_artifact(path, {**facts, "name": "A"}, inner["A"])
-    res = {"tried": count, "in the middle of a write": 0, "whole": 0, "BROKEN": 0}
-    for _ in range(count):
+    res = {"tried": 0, "in the middle of a write": 0, "whole": 0, "BROKEN": 0}
+    while res["in the middle of a write"] < count and res["tried"] < 20*count:
+        res["tried"] += 1
         pid = os.fork()
         if pid == 0:
             try:

@@ -27,6 +27,8 @@ BACKENDS = list(backends())
 PROBES = {n: b.probe("cpu") for n, b in backends().items()}
 LACKS = {n: f"{n}: {p.reason}. {p.mend}" for n, p in PROBES.items() if not p.usable}
 RUNS = [n for n, b in backends().items() if n not in LACKS and not getattr(b, "by_name", "")]  # on this machine
+BY_NAME = {n: f"{n}: {why}; tests/test_worker.py runs it" for n, b in backends().items()
+           if n not in LACKS and (why := getattr(b, "by_name", ""))}
 COLOURS = ["blue", "green", "grey", "red"]
 
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from faults import damage, is_clean, kills, make_file
+from faults import damage, is_clean, kills, make_files
 from benchmarks.common import facts, write
-from fastai_compile.backends.base import backends, get_backend
+from fastai_compile.backends.base import backends
 from threads import wrong_answers
 
 PARTS = ["kills", "damage", "threads"]
@@ -24,12 +24,9 @@ PARTS = ["kills", "damage", "threads"]
 
 def damages(folder: Path, flips: int, cuts: int) -> dict:
     "Each backend of this machine: files with one bit changed, and files cut short"
-    res = {}
-    for name in [b for b in backends() if b != "eager"]:
-        probe = get_backend(name).probe("cpu")
-        if not probe.usable: res[name] = f"not run: {probe.reason}"; continue
-        (folder / name).mkdir()
-        path = make_file(folder / name, name)
+    probes = {name: b.probe("cpu") for name, b in backends().items() if name != "eager" and not getattr(b, "by_name", "")}
+    res = {name: f"not run: {probe.reason}" for name, probe in probes.items() if not probe.usable}
+    for name, path in make_files(folder, [name for name, probe in probes.items() if probe.usable]).items():
         for kind, n in (("bit flip", flips), ("truncation", cuts)):
             print(f"{name}, {path.stat().st_size / 1e6:.2f} MB: {n} times {kind} ...", flush=True)
             res[f"{name}, {kind}"] = damage(path, kind, n)
@@ -39,7 +36,7 @@ def damages(folder: Path, flips: int, cuts: int) -> dict:
 
 def is_good(part: str, res: dict) -> bool:
     "Whether nothing was silently wrong"
-    if part == "kills": return res["BROKEN"] == 0
+    if part == "kills": return res["BROKEN"] == 0 and res["whole"] == res["tried"]
     if part == "threads": return res["WRONG"] == 0
     return all(is_clean(v) for v in res.values() if isinstance(v, dict))
 

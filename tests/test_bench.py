@@ -12,7 +12,8 @@ from helpers import Wrapped, image_learner, items_of, registered, table_learner
 from fastai_compile.bench import benchmark, time_calls
 from fastai_compile.cold import cold_start
 from fastai_compile.contenders import EAGER, STOCK, check_targets, write_stock
-from fastai_compile.errors import BackendError, BackendUnavailable, ConfigError, ExampleError
+from fastai.learner import load_learner
+from fastai_compile.errors import BackendError, BackendUnavailable, CompileError, ConfigError, ExampleError
 from fastai_compile.percentiles import calls_needed, check_limit, quantile, quantile_bound, summarize
 from fastai_compile.results import gain_of, noise_of
 from fastai_compile.stages import bench_items, stage_split
@@ -161,7 +162,7 @@ def test_one_run_has_a_row_for_everybody_and_leaves_the_learner_alone(table, row
     assert failed["absent"] == "not usable here: no such chip (buy one)"
     for r in res.rows:
         if r.failed: assert not r.times_ms and r.gain is None
-        else: assert r.times_ms and r.model_ms and r.stages and r.per_s and r.cost(1.0) > 0
+        else: assert r.times_ms and r.model_ms and r.per_s and r.cost(1.0) > 0 and (r.stages or r.target != STOCK)
     slow = [r for r in res.rows if r.target == "sleeps"]
     assert all(r.gain.real and r.gain.ratio.median < 1 and r.break_even == math.inf for r in slow), "never paid back"
     assert set(res.noise) == {1, 4} and res.environment["threads"] == 1
@@ -256,6 +257,36 @@ def test_offline_answers_everything_once(loadgen):
     found = run_loadgen(refuses, 4, "offline", 40, 1)
     assert len(found) >= 40 and {r.index for r in found if r.error} == {2}
     assert [r.ms for r in found] == sorted(r.ms for r in found)
+
+
+def test_offline_may_answer_the_whole_query_as_a_stream(loadgen):
+    "Each request ends, with its own answer or error, also where the stream breaks off"
+    from fastai_compile.scenario import run_loadgen
+    asked = []
+    def stream(numbers):
+        for k, i in enumerate(asked.append(len(numbers)) or numbers):
+            if k == 30: raise OSError("the disk is gone")
+            yield BackendError("malformed") if i == 2 else "fine"
+    found = run_loadgen(lambda i: 1/0, 4, "offline", 40, 1, answer_all=stream)
+    assert asked == [len(found)] and {r.index for r in found[:30] if r.error} == {2}
+    assert all("the disk is gone" in r.error for r in found[30:])
+
+
+@pytest.mark.parametrize("scenario", ["single_stream", "offline", "spikes"])
+def test_every_scenario_of_benchmark(scenario, loadgen, table, rows):
+    with registered(Copy()): res = benchmark(table, rows, ["copy"], scenario=scenario, budget_s=3, qps=20, malformed=0.2, **QUICK)
+    assert [r.target for r in res.rows] == [STOCK, EAGER, "copy"] and ("predict_many" in repr(res)) == (scenario == "offline")
+    for r in res.rows: assert r.good and not any(q.error for q in r.good) and any(q.error for q in r.malformed)
+
+
+def test_malformed_texts_get_no_answer(tmp_path):
+    from benchmarks import families_data
+    from fastai_compile.scenario import malformed_items
+    learn = families_data.build("text_classifier", tmp_path, train=False)
+    learn.export(tmp_path / "text.pkl", compile="eager", verify="numbers")
+    opened = load_learner(tmp_path / "text.pkl")
+    for item in malformed_items(learn, ["a text"], tmp_path):
+        with pytest.raises(CompileError), opened.no_bar(): opened.predict(item)
 
 
 def test_a_learner_under_load_with_malformed_requests(loadgen, table, rows):

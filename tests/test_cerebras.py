@@ -26,7 +26,10 @@ from fastai_compile.worker_env import install_command, why_no_worker
 from helpers import Files, eager_of, fresh, image_learner, run
 
 missing = why_no_worker("cerebras")
-worker = pytest.mark.skipif(bool(missing), reason=f"{missing}: `{install_command('cerebras')}`")
+def worker(test):
+    "A test that needs the vendor's programs, in their worker"
+    return pytest.mark.workers(pytest.mark.skipif(bool(missing), reason=f"{missing}: `{install_command('cerebras')}`")(test))
+
 
 
 @pytest.fixture(autouse=True)

@@ -259,6 +259,30 @@ def test_a_torch_compiled_model_keeps_its_options(other, tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_cuda_graphs_of_torch_compile_are_not_dropped_in_silence(other, tmp_path, monkeypatch):
+    'mode="reduce-overhead": CUDA graphs where there is a GPU, else a note that this file has none'
+    seen = []
+    def stands_in(name):
+        def compile(captured, config):
+            seen.append((name, dict(config.options)))
+            return dataclasses.replace(get_backend("eager").compile(captured, dataclasses.replace(config, options={})))
+        monkeypatch.setattr(get_backend(name), "compile", compile)
+    for name in ("inductor", "inductor:cuda"): stands_in(name)
+    other.model = torch.compile(other.model, mode="reduce-overhead")
+    if not get_backend("inductor:cuda").probe("cpu").usable:
+        report = other.export(tmp_path / "x.pkl", compile=True)
+        assert seen == [("inductor", {})] and any("CUDA graphs" in n and "inductor:cuda cannot" in n for n in report.notes)
+    monkeypatch.setattr(get_backend("inductor:cuda"), "probe", lambda device: Probe(True, "a GPU that this test made up"))
+    report = other.export(tmp_path / "y.pkl", compile=True)
+    assert seen[-1] == ("inductor:cuda", {"settings": {}}) and not any("CUDA graphs" in n for n in report.notes)
+    torch._dynamo.reset()
+
+
+def test_sizes_vary_only_of_images(learn, tmp_path):
+    with pytest.raises(ConfigError, match="4-d"): learn.export(tmp_path / "x.pkl", compile="eager", dynamic_size=True)
+    assert not list(tmp_path.glob("*.pkl"))
+
+
 def test_distributed_data_parallel(other, tmp_path):
     dist = torch.distributed
     if not dist.is_available() or not dist.is_gloo_available(): pytest.skip("this PyTorch has no gloo")

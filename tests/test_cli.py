@@ -92,6 +92,7 @@ def test_bench_writes_json_and_plots(files, compiled, capsys):
     (["explain", "stock.pkl", "--items", "none"], "no such file or folder"),
     (["explain", "stock.pkl", "--define", "none.py"], "no such file"),
     (["bench", "stock.pkl", "--bs", "one"], "whole numbers"),
+    (["bench", "stock.pkl", "--scenario", "server", "--plots", "."], "leave one of them out"),
     (["bench", "stock.pkl", "--scenario", "sever"], "Did you mean 'server'")])
 def test_a_mistake_is_one_message_and_exit_code_2(files, monkeypatch, capsys, words, said):
     monkeypatch.chdir(files)

@@ -1,11 +1,11 @@
-"""benchmarks/gpu.py, as far as it can be tested without a GPU."""
+"""benchmarks/gpu.py and gpu_predict.py, as far as they can be tested without a GPU."""
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_predict
 from fastai_compile.backends.cuda import no_gpu
 from helpers import ROOT
 
@@ -20,10 +20,20 @@ def test_on_the_cpu_it_says_so_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir()) and (gpu.OUT.read_bytes() if gpu.OUT.exists() else None) == before
 
 
-def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
+def test_end_to_end_on_the_cpu(tmp_path, monkeypatch, capsys):
+    words = ["gpu_predict.py", "--device", "cpu", "--model", "resnet18", "--pictures", "6", "--out", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    assert gpu_predict.main() == 0
+    said = capsys.readouterr().out
+    assert "This is no GPU measurement" in said and "| ours, fp32 | 6 |" in said and "100.00%" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", [gpu, gpu_predict])
+def test_without_a_gpu_nothing_is_measured(script, tmp_path, monkeypatch, capsys):
     if not no_gpu()[0]: pytest.skip("a GPU is here")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "x.json")])
-    assert gpu.main() == 1 and "Nothing was measured" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert script.main() == 1 and "Nothing was measured" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_wrong_candidate_is_not_timed():

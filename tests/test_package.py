@@ -23,6 +23,11 @@ def _run(*args, **kwargs):
     return run.stdout
 
 
+def test_the_page_of_benchmarks_is_what_the_results_say():
+    page = _run(sys.executable, "-c", "from benchmarks.report import text; print(text(), end='')", cwd=ROOT)
+    assert page == (ROOT / "benchmarks" / "README.md").read_text(), "run `python benchmarks/report.py`"
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
     "The folder of an sdist and of the wheel that is built from it"

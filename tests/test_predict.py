@@ -52,6 +52,25 @@ def _quiet_export(learn, path, **kwargs):
     with learn.no_bar(): learn.export(path.resolve(), compile="eager", **kwargs)
 
 
+# ---- pairs of a user and an item, of which fastai predicts no single one
+
+@pytest.mark.parametrize("family", ["collab_dot", "collab_nn"])
+def test_pairs(family, tmp_path):
+    learn = compiled(families_data.build(family, tmp_path, train=False), tmp_path)
+    df = families_data.items(family, tmp_path).iloc[:6].reset_index(drop=True)
+    want = stock(learn, "get_preds", dl=learn.dls.test_dl(df))[0]
+    rows = df.to_dict("records")
+    for row, w in ((rows[2], want[2]), (df.iloc[3], want[3]), (df.iloc[[4]], want[4])):
+        assert torch.allclose(learn.predict(row)[2], w, atol=1e-6)
+    for one in ([rows[0]], df.iloc[:1]): assert torch.allclose(next(learn.predict_many(one))[2], want[0], atol=1e-6)
+    bad = [{k: v for k, v in r.items() if k != df.columns[0]} if i == 1 else r for i, r in enumerate(rows)]
+    got = list(learn.predict_many(bad, errors="return"))
+    assert [isinstance(g, InvalidInput) for g in got] == [i == 1 for i in range(6)]
+    assert all(torch.allclose(g[2], w, atol=1e-6) for i, (g, w) in enumerate(zip(got, want)) if i != 1)
+    with pytest.raises(InvalidInput): learn.predict(bad[1])
+    with pytest.raises(InvalidInput): learn.predict(3)
+
+
 # ---- the same answers
 
 def test_pictures(image, files):

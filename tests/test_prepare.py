@@ -189,6 +189,19 @@ def test_a_fallback_on_the_target_is_an_error_unless_allowed(learn, tmp_path):
         open_learner(tmp_path / "n.pkl")
 
 
+def test_the_report_tells_rewrites_and_what_was_measured(image_folder, tmp_path):
+    "fastai's pooling has an equal form that such targets take; what it was rewritten into, and how far off, is not kept quiet"
+    class Measures(Device):
+        rewrites = ("concat_pool",)
+        def compile(self, captured, config):
+            return Payload(self.name, {"w": torch.zeros(1, dtype=torch.uint8)}, placement=Placement("device", "lowered"),
+                           choices={"off in fp32": 1.25e-7, "off in fp16": 2e-3})
+    learn = make_learner("image", tmp_path, epochs=0)
+    with registered(Measures()): report = learn.export("m.pkl", compile="device", level="lowered")
+    assert "rewritten, proven equal: concat_pool (1)" in report.notes and report.candidates[0]["backend"] == "device"
+    assert report.candidates[0]["largest difference"] == "1.2e-07 (off in fp32)"
+
+
 def test_the_learner_comes_back(learn):
     before, state = dict(vars(learn)), {k: v.clone() for k, v in learn.model.state_dict().items()}
     with registered(Device()): learn.export("m.pkl", compile="device", level="lowered")

@@ -1,4 +1,4 @@
-"""Render nbs/ to docs/, README.md and the nav of mkdocs.yml, from the stored outputs.
+"""Render nbs/ to docs/, README.md and the nav of mkdocs.yml, from the stored outputs; benchmarks/README.md becomes a page.
 
 With --check nothing is written: the files that differ are named, and the exit status is 1.
 """
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -86,7 +87,9 @@ def _restrict(path: Path) -> None:
 
 def _processed(work: Path) -> Path:
     "The folder, in `work`, that holds nbs/ as nbdev prepares it: no exported source, but the docs of what it defines"
-    shutil.copy2(ROOT / "pyproject.toml", work)
+    sections = re.split(r"^(?=\[)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    ours = "".join(s for s in sections if s.startswith(("[project]", "[tool.nbdev]"))) # nbdev parses it for each cell
+    (work / "pyproject.toml").write_text(ours, encoding="utf-8")
     shutil.copytree(ROOT / "nbs", work / "nbs", ignore=shutil.ignore_patterns(".*", "_*", "models", "*.pkl"))
     for path in (work / "nbs").rglob("*.ipynb"): _restrict(path)
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"MPLBACKEND": "Agg", "PYTHONHASHSEED": "0"}
@@ -165,12 +168,17 @@ def _prepare(nb, original, folder: str):
     return nb
 
 
+@cache
+def _exporter() -> MarkdownExporter:
+    "One for all pages: it compiles its templates once"
+    return MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": FORMATS}}))
+
+
 def _to_markdown(processed: Path, name: Path, files: str, folder: str = "") -> tuple[str, dict[str, bytes]]:
     "The notebook `name` as Markdown, and its pictures by the path, below `files`, that the Markdown gives them"
     original = nbformat.read(ROOT / "nbs" / name, as_version=4)
     nb = _prepare(nbformat.read(processed / name, as_version=4), original, folder)
-    exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": FORMATS}}))
-    text, resources = exporter.from_notebook_node(nb, {"unique_key": name.stem, "output_files_dir": files})
+    text, resources = _exporter().from_notebook_node(nb, {"unique_key": name.stem, "output_files_dir": files})
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"^[ \t]+$", "", text, flags=re.MULTILINE))
     return text.strip() + "\n", resources["outputs"]
 
@@ -208,6 +216,8 @@ def render(target: Path) -> None:
         names = [p.relative_to(processed) for p in processed.rglob("*") if p.suffix in (".ipynb", ".md")]
         names.sort(key=lambda p: (p.name, str(p)))
         pages = [_add_page(processed, name, docs) for name in names if name != README]
+        _write((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"), {}, docs / "benchmarks.md")
+        pages.append(Page(Path("benchmarks.md"), "Benchmarks", "What was measured, on which machine, and what was not run"))
         if README in names: _write(*_to_markdown(processed, README, "docs/index_files", "docs"), target / "README.md")
         for p in (p for p in processed.rglob("*") if p.suffix in ASSETS):
             (docs / p.relative_to(processed)).parent.mkdir(parents=True, exist_ok=True)

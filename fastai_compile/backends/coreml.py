@@ -118,7 +118,8 @@ class CoreMLBackend:
         version = f'coremltools {importlib.metadata.version("coremltools")}'
         if sys.platform == 'darwin': return Probe(True, version)
         return Probe(False, f'{version} converts here, but Core ML runs on macOS only, and this is {sys.platform}',
-                     "open the file on a Mac; to write it here: `learn.export('model.mlpackage', compile='coreml')`",
+                     "open the file on a Mac; to write it here: "
+                     "`learn.export('model.mlpackage', compile='coreml', level='compiled')`",
                      'compiled')
 
     def coverage(self, captured, config):

@@ -141,7 +141,7 @@ class ExecuTorchRunner:
 
 class ExecuTorchBackend:
     "ExecuTorch with XNNPACK on the CPU"
-    name, rewrites, shapes, cost = 'executorch', (), 'dynamic', 4
+    name, rewrites, shapes, cost = 'executorch', (), 'dynamic', 3
     def probe(self, device):
         if importlib.util.find_spec('executorch') is None:
             return Probe(False, 'not installed: executorch', "pip install 'fastai_compile[executorch]'")

@@ -182,7 +182,7 @@ def _fault(run, captured, batches):
 
 class InductorBackend:
     "AOTInductor on the CPU"
-    name, rewrites, shapes, cost = 'inductor', (), 'dynamic', 2
+    name, rewrites, shapes, cost = 'inductor', (), 'dynamic', 4
     def probe(self, device):
         if sys.platform != 'linux':
             return Probe(False, f'it compiles on Linux only, this is {sys.platform}', 'use Linux or a container')

@@ -136,6 +136,6 @@ class OnnxRuntimeBackend:
 
 def _oldest(proto):
     "The oldest ONNX Runtime this was run with; older ones may do, but nobody looked"
-    return '1.23.0'
+    return '1.23.2'
 
 register_backend(OnnxRuntimeBackend());

@@ -248,4 +248,4 @@ def _buckets(opts, captured):
                            "`compile='openvino'` takes them")
     return tuple(opts.get('buckets') or sorted({*(2**k for k in range(16) if 2**k < captured.max_bs), captured.max_bs}))
 
-for _device, _cost in (('CPU', 3), ('GPU', 20), ('NPU', 21)): register_backend(OpenVinoBackend(_device, _cost))
+for _device, _cost in (('CPU', 2), ('GPU', 20), ('NPU', 21)): register_backend(OpenVinoBackend(_device, _cost))
