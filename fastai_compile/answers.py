@@ -158,8 +158,8 @@ def check_answers(
     with preserved(learn):
         dl, _, rows = _rows_to_check(learn, captured, verify_rows)
         if dl is not None: _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, table, notes)
-        else: notes.append('no validation data: answers were compared on made-up or given items, '
-                           'metrics not at all (not enough data)')
+        else: notes.append('no validation data, so not enough data: answers were compared on made-up or given items only. '
+                           'A change of the answers to other items, and any change of a metric, could have been missed')
         _check_predict(learn, captured, model, items, table, notes, limit)
     return Verdict(True, table, 0., notes, time.perf_counter()-start)
 
@@ -191,11 +191,16 @@ def _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, tabl
         table.append({'check': 'metric', 'what': name, 'against': f'{a:.6g}', 'result': f'{b:.6g}',
                       'allowed': f'change of {allowed:.2g}'})
         if not abs(b-a) <= allowed:
-            raise VerificationError(f'metric {name} went from {a:.6g} to {b:.6g} on {n} rows, '
-                                    f'allowed is a change of {allowed:.2g}')
+            raise VerificationError(f'metric {name} went from {a:.6g} to {b:.6g} on {n} rows, allowed is a change of '
+                                    f'{allowed:.2g}; predictions moved most: {_moved(before, after, rows or list(range(n)))}')
     few = 'not enough data for more: ' if n < 2000 else ''
     notes.append(f'{few}a change that touches fewer than {min(1., 3/n):.2%} of answers could have been missed '
                  f'({n} rows, 95%)')
+
+def _moved(before, after, rows):
+    "The rows whose predictions moved most"
+    errs = [row_error(b, a, True) for a, b in zip(*[pytree.tree_leaves(r[0]) for r in (before, after)])]
+    return worst_rows(torch.stack([e.nan_to_num() for e in errs]).amax(0), rows)
 
 def _check_outputs(learn, captured, model, dl, limit):
     "The flat outputs of eager and `model` on every batch of `dl`; for models whose answers fastai cannot gather"

@@ -1,4 +1,5 @@
 """Cerebras: the lowered graph is calculated, counted and compared; what was planted in it, or lowered wrongly, is found."""
+import dataclasses
 import json
 import re
 
@@ -135,6 +136,23 @@ def test_fault_behind_a_scale_near_zero_is_found():
 def test_places_are_taken_out():
     text = TEXT + '#loc1 = loc("a"("secret/graph.py":3:0))\n'
     assert "secret" not in without_places(text) and parse_cirh(without_places(text)).census() == parse_cirh(TEXT).census()
+
+
+def test_the_layer_that_loses_most_in_fp16_is_named():
+    "Scales that only fp16 cannot hold: far beyond its largest number, and near enough to it to round away the rest"
+    lowered, weights = parse_cirh(TEXT), load(STORED["weights.safetensors"])
+    stem = next(o for o in lowered.operations if o.name == "Convolution") # places are taken out of the stored graph
+    placed = [dataclasses.replace(o, line=INFO["lines"][0]["line"]) if o is stem else o for o in lowered.operations]
+    lowered = dataclasses.replace(lowered, operations=placed)
+    weights["stem.weight"] = weights["stem.weight"] * 1e6
+    weights["norm.running_var"] = weights["norm.running_var"] * 1e12
+    net = Flat(small())
+    net.load_state_dict(weights, strict=False)
+    with pytest.raises(BackendError, match=r"rounded to fp16.*\. Most is lost at Convolution \(layer stem .*: 0.00% becomes inf%"):
+        checks.check_lowered(lowered, weights, [[X]], net, INFO)
+    named = {f"state.model.{n}": t for n, t in load(STORED["weights.safetensors"]).items()}
+    said = checks.lost_at(lowered, named, [X], INFO["lines"])
+    assert re.fullmatch(r"Most is lost at \w+.*: 0\.\d\d% becomes 0\.\d\d%", said), said
 
 
 def test_fp16_loss_of_the_model_itself_is_told():

@@ -17,6 +17,7 @@ from fastai.vision.all import TensorBase, TensorImage, TensorImageBW, nn
 
 from fastai_compile import (BackendError, CompiledModel, CompileError, InputError, NotTrainable, VerificationError,
                             available_backends)
+from fastai_compile.backends import base
 from fastai_compile.backends.base import LEVELS, Backend, Payload, Placement, Probe, backends, cpu_threads, get_backend, unmet
 from helpers import (BACKENDS, BY_NAME, KINDS, LACKS, RUNS, Files, Wrapped, assert_close, eager_of, fresh, random_inputs,
                      registered, run, run_double)
@@ -337,6 +338,21 @@ def test_default_threads_are_those_the_process_may_use(case, monkeypatch):
     assert seen == [1, 1]
 
 
+@pytest.mark.parametrize("files, cpus", [
+    ({"cpu.max": "150000 100000"}, 1.5), ({"cpu.max": "max 100000"}, None), ({}, None),
+    ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3), ({"cpu.max": "rubbish"}, None),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None)])
+def test_the_quota_of_a_container_caps_the_threads(files, cpus, tmp_path, monkeypatch):
+    "As the kernel writes it, cgroup version 2 and 1"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert base._quota(tmp_path) == cpus
+    usual, quota = cpu_threads(), base._quota
+    monkeypatch.setattr(base, "_quota", lambda: quota(tmp_path))
+    assert cpu_threads() == (min(usual, int(cpus)) if cpus else usual) and cpu_threads(7) == 7
+
+
 @each_table
 def test_calls_leave_the_process_as_it_was(case):
     model = copy.deepcopy(case.model)
@@ -573,7 +589,8 @@ def test_a_metric_that_moves_is_refused(artifacts, tmp_path):
     "Numbers within the caller's own tolerance, and yet another accuracy"
     learn = artifacts.learner("table")
     with registered(Faulty("eager", _one_class_shifted_far, "table")):
-        with pytest.raises(VerificationError): learn.export(tmp_path / "x.pkl", compile="faulty", tolerance=100.)
+        with pytest.raises(VerificationError, match="metric accuracy went from .*; predictions moved most: row .*: "):
+            learn.export(tmp_path / "x.pkl", compile="faulty", tolerance=100.)
     assert not list(tmp_path.iterdir())
 
 

@@ -137,14 +137,14 @@ def unmet(
     return res
 
 # %% ../../nbs/backends/10_base.ipynb #bcca9bd6
-def _quota():
-    "CPUs that the cgroup allows, or None"
+def _quota(root=Path('/sys/fs/cgroup')):
+    "CPUs that the cgroup allows, of version 2 or 1, or None"
     try:
-        limit, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()[:2]
+        limit, period = (root/'cpu.max').read_text().split()[:2]
         return None if limit == 'max' else int(limit)/int(period)
     except (OSError, ValueError): pass
     try:
-        limit, period = [int(Path(f'/sys/fs/cgroup/cpu/cpu.cfs_{n}_us').read_text()) for n in ('quota', 'period')]
+        limit, period = [int((root/'cpu'/f'cpu.cfs_{n}_us').read_text()) for n in ('quota', 'period')]
         return limit/period if limit > 0 else None
     except (OSError, ValueError): return None
 
