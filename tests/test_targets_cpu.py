@@ -1,7 +1,12 @@
 """OpenVINO, ExecuTorch, a plain ONNX file, Core ML: what each does wrong in silence, provoked with the real package."""
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -249,6 +254,43 @@ answer(['openvino_telemetry' in sys.modules, (Path.home()/'intel').exists(), has
     assert fresh(code, env={"HOME": str(tmp_path)}) == [False, False, True]
 
 
+TWO_CORES = '''
+import os, signal, torch
+from torch import nn
+from fastai_compile.backends.base import get_backend
+from fastai_compile.backends.openvino import _openvino
+from fastai_compile.capture import capture
+from fastai_compile.config import make_config
+from fastai_compile.example import Example
+xs = (torch.ones(2, 3),)
+b, cap = get_backend("openvino"), capture(nn.Linear(3, 2).eval(), Example(xs, (), (torch.Tensor,), "a test", [0, 1]), 4)
+payload = b.compile(cap, make_config("openvino"))
+def ours(): return b.load(payload, "cpu", 1)
+def theirs(): return (core := _openvino().Core()), core.compile_model(core.read_model(payload.files["model.xml"].numpy().tobytes(),
+    _openvino().Tensor(payload.files["model.bin"].numpy())), "CPU")
+def comes_and_goes(make):
+    first, second = make(), make()
+    del first
+    del second
+    try: signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt: return "interrupted"
+answer(comes_and_goes(ours))
+answer(comes_and_goes(theirs))
+'''
+
+
+def test_openvino_leaves_a_process_that_the_next_signal_ends_and_we_do_not():
+    "Two cores that go in the order in which they came, then a Ctrl-C: in our use an interrupt, in the plain use the end"
+    backend_of("openvino", "executed")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    code = "def answer(o): print('ANSWER', o, flush=True)\n" + TWO_CORES
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    assert answers[:1] == ["ANSWER interrupted"], done.stderr[-2000:]
+    if done.returncode == 0: pytest.skip("this OpenVINO survives two cores too")
+    assert done.returncode == -signal.SIGSEGV and len(answers) == 1
+
+
 # ---- ExecuTorch
 
 class MadeKernel(nn.Module):
@@ -350,6 +392,66 @@ def test_onnx_export_writes_one_plain_file(artifacts, tmp_path):
     with pytest.raises(ConfigError, match=r"\.onnx"): learn.export(tmp_path / "model.pkl", compile="onnx", level="compiled")
 
 
+# ---- inductor
+
+CUSTOM = '''
+import torch
+@torch.library.custom_op("fastai_compile_tests::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor: return torch.from_numpy(x.numpy() * 2)
+@double.register_fake
+def _(x): return torch.empty_like(x)
+'''
+
+
+class Doubles(nn.Module):
+    def forward(self, x): return torch.ops.fastai_compile_tests.double(x.relu()) + 1
+
+
+def test_inductor_calls_python_in_silence_and_we_do_not(tmp_path):
+    "An operator of the user's own, which calculates in Python"
+    exec(CUSTOM, {})
+    b, cap = backend_of("inductor", "executed"), captured_of(Doubles(), torch.randn(2, 3), max_bs=4)
+    found = b.coverage(cap, make_config("inductor")).elsewhere
+    payload = b.compile(cap, make_config("inductor", options={"freezing": False}))
+    run, x = b.load(payload, "cpu", 1), torch.randn(4, 3)
+    with torch.no_grad(): assert_close(run([x])[0], cap.module(x)[0])  # it works, and nothing said that this is not compiled
+    op = "fastai_compile_tests.double.default"
+    assert list(run.placement.elsewhere) == [op] == list(found)
+    with pytest.raises(FallbackError, match=f"{op}: a custom operator"): check_placement(run.placement)
+    check_placement(run.placement, (op,))
+    torch.save(payload, tmp_path / "payload.pt")
+    code = f'''
+import torch
+from fastai_compile.backends.base import get_backend
+from fastai_compile import BackendError
+import fastai_compile
+payload = torch.load({str(tmp_path / "payload.pt")!r}, weights_only=False)
+x = torch.ones(1, 3)
+def opened():
+    try: return get_backend("inductor").load(payload, "cpu", 1)([x])[0].tolist()
+    except BackendError as e: return str(e)
+before = opened()
+exec({CUSTOM!r})
+answer([before, opened()])
+'''
+    before, after = fresh(code)
+    assert "fastai_compile_tests::double" in before and after == [[3., 3., 3.]]
+
+
+def test_inductor_on_a_cpu_leaves_cuda_graphs_out_in_silence_and_we_do_not(net):
+    "`mode='reduce-overhead'` changes nothing on a CPU; an export for the CPU that asks for it is refused"
+    torch._dynamo.reset()
+    from torch._dynamo.utils import counters
+    counters.clear()
+    linear = torch.compile(nn.Linear(3, 2).eval(), mode="reduce-overhead")
+    with torch.no_grad(), warnings.catch_warnings(record=True) as told: linear(torch.ones(2, 3))
+    print(dict(counters['inductor']), [str(w.message)[:100] for w in told])
+    assert counters["inductor"]["cudagraph_skips"] == 1 and not [w for w in told if "graph" in str(w.message).lower()]
+    torch._dynamo.reset()
+    with pytest.raises(ConfigError, match="CUDA graphs, and nothing on a CPU"):
+        backend_of("inductor", "executed").compile(net, make_config("inductor", options={"mode": "reduce-overhead"}))
+
+
 # ---- Core ML
 
 def test_coreml_converts_with_its_batch_range_in_fp32(net):
@@ -360,6 +462,30 @@ def test_coreml_converts_with_its_batch_range_in_fp32(net):
     assert [(r.lowerBound, r.upperBound) for r in image.shapeRange.sizeRanges] == [(1, 20), (3, 3), (16, 16), (16, 16)]
     weights = next(t for k, t in payload.files.items() if k.endswith("weight.bin")).numpy().tobytes()
     assert dict(net.eager.named_parameters())["7.weight"].detach().numpy().tobytes() in weights
+
+
+def test_coreml_rounds_to_fp16_in_silence_and_we_do_not(net):
+    "coremltools makes fp16 of fp32 unless it is told: the weights of the package, and an option that would do it"
+    b, payload = backend_of("coreml"), payload_of("coreml", net)
+    weight = dict(net.eager.named_parameters())["7.weight"].detach()
+    assert (weight.half().float() - weight).abs().max() > 0
+    def held(files):
+        return [any(w.numpy().tobytes() in f for k, f in files if k.endswith("weight.bin")) for w in (weight, weight.half())]
+    with torch.no_grad(), coreml._silent(), tempfile.TemporaryDirectory() as folder:
+        import coremltools as ct
+        model = ct.convert(coreml._aten(net), convert_to="mlprogram", minimum_deployment_target=ct.target.macOS14,
+                           skip_model_load=True)
+        model.save(f"{folder}/stock.mlpackage")
+        stock = [(p.name, p.read_bytes()) for p in Path(folder).rglob("*") if p.is_file()]
+    assert held(stock) == [False, True] and held([(k, t.numpy().tobytes()) for k, t in payload.files.items()]) == [True, False]
+    with pytest.raises(ConfigError, match="no option 'compute_precision'"):
+        b.compile(net, make_config("coreml", options={"compute_precision": "FLOAT16"}))
+
+
+def test_coreml_counts_in_32_bits_and_says_so():
+    assert coreml._given(torch.tensor([2**31 - 1, -2**31])).tolist() == [2**31 - 1, -2**31]
+    assert coreml._given(torch.zeros(0, dtype=torch.int64)).dtype == "int32"
+    with pytest.raises(BackendError, match="32 bits.*2147483648"): coreml._given(torch.tensor([1, 2**31]))
 
 
 def test_coreml_opens_on_a_mac_only(net):

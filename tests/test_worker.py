@@ -454,12 +454,14 @@ def test_xla_refuses_a_file_whose_stablehlo_is_another(on_xla):
 
 @pytest.mark.workers
 @needs("xla")
-def test_xla_own_silent_fallback_is_named():
+@pytest.mark.parametrize("name", ["xla", "tpu"])
+def test_xla_own_silent_fallback_is_named(name):
+    "torch_xla calculates what it has no form of on the CPU while it traces, and freezes the values into the graph"
     class LogFactorial(torch.nn.Module):
         def forward(self, x): return torch.lgamma(x.abs() + 1)
     captured = captured_of(torch.nn.Sequential(torch.nn.Flatten(), LogFactorial()).eval(), torch.randn(2, 3))
     with pytest.raises(FallbackError, match=r"aten::lgamma.*layer 1 \(LogFactorial\).*test_worker.py"):
-        compiled_by("xla", captured, allow_fallback=("aten::lgamma",))
+        compiled_by(name, captured, allow_fallback=("aten::lgamma",), level="lowered" if name == "tpu" else "executed")
 
 
 @pytest.mark.workers

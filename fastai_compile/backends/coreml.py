@@ -23,6 +23,12 @@ _TARGET, _PACKAGE = 'Core ML', 'model.mlpackage'
 _UNITS = ('CPU_ONLY', 'CPU_AND_GPU', 'CPU_AND_NE', 'ALL')
 _NUMPY = {torch.int64: np.int32, torch.bool: np.float32, torch.uint8: np.int32} # Core ML takes fp32, fp16, int32
 
+def _given(x):
+    "What Core ML takes for a tensor: it knows no int64, and a cast would wrap in silence"
+    if x.dtype == torch.int64 and x.numel() and not -2**31 <= x.min() <= x.max() < 2**31:
+        raise BackendError(f'Core ML counts in 32 bits, and an input holds {x.abs().max().item()}')
+    return x.numpy().astype(_NUMPY.get(x.dtype, x.numpy().dtype), copy=False)
+
 def _why(e): return f'{type(e).__name__}: ' + ' '.join(str(e).split())[:500]
 
 @contextlib.contextmanager
@@ -101,7 +107,7 @@ class CoreMLRunner:
         self.model, self.folder, self.inputs, self.outputs = model, folder, inputs, outputs # The folder lives as long
         self.placement, self.lock = placement, threading.Lock()
     def __call__(self, xs):
-        given = {n: x.numpy().astype(_NUMPY.get(x.dtype, x.numpy().dtype), copy=False) for n, x in zip(self.inputs, xs)}
+        given = {n: _given(x) for n, x in zip(self.inputs, xs)}
         try:
             with self.lock: res = self.model.predict(given)
         except Exception as e:

@@ -99,6 +99,13 @@ aten = torch.ops.aten
 _KEEP_NAN = {aten.relu.default: lambda x: _clamp(x, 0), aten.hardtanh.default: _hardtanh, aten.clamp.default: _clamp,
              aten.hardsigmoid.default: lambda x: _clamp(x+3, 0, 6)/6}
 
+def _custom(program):
+    "{operator: why} of those that are not PyTorch's own: inductor calls their kernels as they are, without a word"
+    ops = {str(n.target) for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)
+           and n.target.namespace not in ('aten', 'prims')}
+    return dict.fromkeys(sorted(ops), 'a custom operator: its own kernel runs, in Python or C++, and whoever opens the file '
+                                      'must have imported the package that registers it')
+
 def _compile(captured, settings, threads):
     "One compile. Raises `BackendError` with the reason"
     try:
@@ -111,7 +118,8 @@ def _compile(captured, settings, threads):
     needs = {k: v for k, v in host().items() if k in ('torch', 'system', 'machine', 'cpu_flags')}
     if (settings.get('cpp.march'), settings.get('cpp.simdlen')) == ('x86-64-v3', 256):
         needs['cpu_flags'] = [f for f in needs['cpu_flags'] if f in _V3]
-    return Payload('inductor', files, needs=needs, placement=Placement('inductor on CPU', 'compiled', operators))
+    placement = Placement('inductor on CPU', 'compiled', operators, _custom(captured.program))
+    return Payload('inductor', files, needs=needs, placement=placement)
 
 # %% ../../nbs/backends/30_inductor.ipynb #19a30988
 _PREFIX = 'fastai_compile-'
@@ -191,8 +199,8 @@ class InductorBackend:
         return Probe(True, f'PyTorch {torch.__version__}, {Path(shlex.split(cxx)[0]).name}')
 
     def coverage(self, captured, config):
-        n = aten_count(captured.program)
-        return Placement('inductor on CPU', 'lowered', {'ATen': n})
+        lost = _custom(captured.program)
+        return Placement('inductor on CPU', 'lowered', {'ATen': aten_count(captured.program)-len(lost)}, lost)
 
     def compile(self, captured, config):
         freezing, alone, settings = _settings(config, self.name)
@@ -250,7 +258,7 @@ class InductorBackend:
             except Exception as e:
                 hint = f'\n{_TEMP}' if 'failed to map' in str(e) else ''
                 raise BackendError(f'the compiled library cannot be opened: {_why(e)}{hint}') from e
-        placement = Placement(payload.placement.target, 'executed', payload.placement.operators)
+        placement = Placement(payload.placement.target, 'executed', payload.placement.operators, payload.placement.elsewhere)
         return InductorRunner(library, placement, threads, payload.choices.get('options', {}).get('one_thread_up_to', 0))
 
 register_backend(InductorBackend());

@@ -6,7 +6,7 @@
 __all__ = ['OpenVinoRunner', 'OpenVinoBackend']
 
 # %% ../../nbs/backends/40_openvino.ipynb #1589d883
-import importlib.metadata, importlib.util, json, queue, re, sys, tempfile, threading
+import importlib.metadata, importlib.util, json, os, queue, re, sys, tempfile, threading
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +32,15 @@ def _openvino():
     return openvino
 
 def _why(e): return f'{type(e).__name__}: ' + ' '.join(re.sub(r'\x1b\[\d*m', '', str(e)).split())[:300]
+
+# %% ../../nbs/backends/40_openvino.ipynb #f0fc1783
+_cores, _making = {}, threading.Lock()
+
+def _core():
+    "OpenVINO's `Core`: one for each process, for good"
+    with _making:
+        if (pid := os.getpid()) not in _cores: _cores[pid] = _openvino().Core()
+        return _cores[pid]
 
 # %% ../../nbs/backends/40_openvino.ipynb #cbcdfe47
 @contextmanager
@@ -61,7 +70,7 @@ def _from_torch(program):
     return None, {op: "no rule in OpenVINO's PyTorch frontend" for op in sorted(ops)}
 
 def _from_onnx(captured):
-    return _openvino().Core().read_model(to_onnx(captured).SerializeToString())
+    return _core().read_model(to_onnx(captured).SerializeToString())
 
 def _model(captured):
     "(OpenVINO's model with its sizes set, {operator: why the first route was left}). Raises `BackendError`"
@@ -199,7 +208,7 @@ class OpenVinoBackend:
 
     def _refused(self, model):
         "{operator: why} of what the device's plugin does not take; {} where the device is not here to ask"
-        core = _openvino().Core()
+        core = _core()
         if not self._is_here(core): return {}
         takes = core.query_model(model, self.device)
         lost = [o for o in model.get_ops() if o.get_friendly_name() not in takes]
@@ -220,7 +229,7 @@ class OpenVinoBackend:
                        choices, buckets=_buckets(opts, captured) if self.shapes == 'static' else ())
 
     def load(self, payload, device, threads):
-        core = _openvino().Core()
+        core = _core()
         if not self._is_here(core):
             raise BackendUnavailable(f'{self.name}: OpenVINO sees {", ".join(core.available_devices)} here, and no '
                                      f'{self.device}: {self.probe(device).mend or "check its driver"}')
