@@ -266,8 +266,8 @@ xs = (torch.ones(2, 3),)
 b, cap = get_backend("openvino"), capture(nn.Linear(3, 2).eval(), Example(xs, (), (torch.Tensor,), "a test", [0, 1]), 4)
 payload = b.compile(cap, make_config("openvino"))
 def ours(): return b.load(payload, "cpu", 1)
-def theirs(): return (core := _openvino().Core()), core.compile_model(core.read_model(payload.files["model.xml"].numpy().tobytes(),
-    _openvino().Tensor(payload.files["model.bin"].numpy())), "CPU")
+xml, rest = payload.files["model.xml"].numpy().tobytes(), _openvino().Tensor(payload.files["model.bin"].numpy())
+def theirs(): return (core := _openvino().Core()), core.compile_model(core.read_model(xml, rest), "CPU")
 def comes_and_goes(make):
     first, second = make(), make()
     del first
@@ -280,7 +280,7 @@ answer(comes_and_goes(theirs))
 
 
 def test_openvino_leaves_a_process_that_the_next_signal_ends_and_we_do_not():
-    "Two cores that go in the order in which they came, then a Ctrl-C: in our use an interrupt, in the plain use the end"
+    "Two cores that go in the order in which they came, then a Ctrl-C: by us an interrupt, by plain OpenVINO the end"
     backend_of("openvino", "executed")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     code = "def answer(o): print('ANSWER', o, flush=True)\n" + TWO_CORES

@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools.warm import ROOT, run_module, warm_up
 
-SHARING = ["test_contract", "test_load", "test_predict"] # what they compile
-FIRST = ["test_notebooks", SHARING[0], "test_freeze", "test_untouched", "test_choose", "test_targets_cpu", "test_worker",
+SHARING = ["test_contract", "test_load", "test_predict", "test_absent", "test_apart", "test_targets_cpu"] # what they compile
+FIRST = ["test_notebooks", SHARING[0], "test_freeze", "test_untouched", "test_choose", "test_worker",
          "test_faults", "test_bench"] # long ones
 NO_TESTS = 5  # of pytest: every test of the file was left out
 CUT_OFF = -1  # ended without pytest's last line, whatever the exit status says

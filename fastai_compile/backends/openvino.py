@@ -6,7 +6,7 @@
 __all__ = ['OpenVinoRunner', 'OpenVinoBackend']
 
 # %% ../../nbs/backends/40_openvino.ipynb #1589d883
-import importlib.metadata, importlib.util, json, os, queue, re, sys, tempfile, threading
+import ctypes, importlib.metadata, importlib.util, json, queue, re, sys, tempfile, threading
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -34,13 +34,20 @@ def _openvino():
 def _why(e): return f'{type(e).__name__}: ' + ' '.join(re.sub(r'\x1b\[\d*m', '', str(e)).split())[:300]
 
 # %% ../../nbs/backends/40_openvino.ipynb #f0fc1783
-_cores, _making = {}, threading.Lock()
+class _SignalStack(ctypes.Structure):
+    "`stack_t` of Linux"
+    _fields_ = [('sp', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
 
+@contextmanager
 def _core():
-    "OpenVINO's `Core`: one for each process, for good"
-    with _making:
-        if (pid := os.getpid()) not in _cores: _cores[pid] = _openvino().Core()
-        return _cores[pid]
+    "A new `Core`, whose plugins leave this thread's stack for signals as it was"
+    if sys.platform != 'linux':
+        yield _openvino().Core()
+        return
+    libc, own = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(own))
+    try: yield _openvino().Core()
+    finally: libc.sigaltstack(ctypes.byref(own), None)
 
 # %% ../../nbs/backends/40_openvino.ipynb #cbcdfe47
 @contextmanager
@@ -70,7 +77,7 @@ def _from_torch(program):
     return None, {op: "no rule in OpenVINO's PyTorch frontend" for op in sorted(ops)}
 
 def _from_onnx(captured):
-    return _core().read_model(to_onnx(captured).SerializeToString())
+    with _core() as core: return core.read_model(to_onnx(captured).SerializeToString())
 
 def _model(captured):
     "(OpenVINO's model with its sizes set, {operator: why the first route was left}). Raises `BackendError`"
@@ -208,9 +215,9 @@ class OpenVinoBackend:
 
     def _refused(self, model):
         "{operator: why} of what the device's plugin does not take; {} where the device is not here to ask"
-        core = _core()
-        if not self._is_here(core): return {}
-        takes = core.query_model(model, self.device)
+        with _core() as core:
+            if not self._is_here(core): return {}
+            takes = core.query_model(model, self.device)
         lost = [o for o in model.get_ops() if o.get_friendly_name() not in takes]
         return {o.get_friendly_name(): f'{o.get_type_name()}: not taken by the {self.device} plugin' for o in lost}
 
@@ -229,7 +236,9 @@ class OpenVinoBackend:
                        choices, buckets=_buckets(opts, captured) if self.shapes == 'static' else ())
 
     def load(self, payload, device, threads):
-        core = _core()
+        with _core() as core: return self._load(core, payload, device, threads)
+
+    def _load(self, core, payload, device, threads):
         if not self._is_here(core):
             raise BackendUnavailable(f'{self.name}: OpenVINO sees {", ".join(core.available_devices)} here, and no '
                                      f'{self.device}: {self.probe(device).mend or "check its driver"}')
