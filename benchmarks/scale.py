@@ -1,7 +1,8 @@
-"""How time and memory grow with batch, rows, image size, threads and model: eager and compiled, in turn.
+"""How time and memory grow with batch, rows, image size, threads, model and the number of images: eager and compiled.
 
-Times are of the model alone, both candidates in turn in one process. Memory is the high-water mark of a fresh process
-that opens the file and answers three batches, above that of one that only imports fastai.
+Times are of the model alone, both candidates in turn in one process; those of many images are of files to answers, in a
+fresh process for each. Memory is the high-water mark of a fresh process that opens the file and answers three batches, or
+all the images, above that of one that only imports fastai.
 """
 import argparse
 import json
@@ -20,6 +21,7 @@ from fastai_compile.timing import interleave, ratio
 from benchmarks.common import RESULTS, child_env, facts, parse, table, where, write
 from benchmarks.families_data import classifier
 from benchmarks.model import _table_learner
+from benchmarks.photographs import photographs
 
 OUT = RESULTS / "scale.json"
 ARCHS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
@@ -42,6 +44,48 @@ if batch:
 found = [l for l in open("/proc/self/status").read().splitlines() if l.startswith("VmHWM")]
 print("PEAK", int(found[0].split()[1]) / 1024)
 '''
+
+
+STREAM = '''
+import sys, time, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from fastai.learner import load_learner
+import torch
+file, folder, n, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
+learn, files = load_learner(file), sorted(Path(folder).rglob("*.jpg"))[:n]
+with learn.no_bar():
+    learn.predict(files[0])
+    start = time.perf_counter()
+    if hasattr(learn.model, "payload"): done = sum(1 for _ in learn.predict_many(files))
+    else: done = len(learn.get_preds(dl=learn.dls.test_dl(files, num_workers=0))[0])
+    seconds = time.perf_counter() - start
+assert done == n
+found = [l for l in open("/proc/self/status").read().splitlines() if l.startswith("VmHWM")]
+print("FOUND", seconds, int(found[0].split()[1]) / 1024)
+'''
+
+
+def stream(file, folder, n: int, threads: int) -> dict:
+    "Seconds from `n` files of photographs to all answers, and the high-water mark, in a fresh process"
+    command = [sys.executable, "-c", STREAM, str(file), str(folder), str(n), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, env=child_env(), timeout=1800)
+    if done.returncode: raise RuntimeError(done.stderr[-2000:])
+    s, mb = map(float, next(line for line in done.stdout.splitlines() if line.startswith("FOUND")).split()[1:])
+    return {"s": s, "peak_mb": mb}
+
+
+def streams(args, files, folder, empty_mb: float):
+    "A row for each number of images: stock fastai's `get_preds`, and `predict_many` of the compiled file"
+    photographs(folder, max(args.images))
+    threads = torch.get_num_threads()
+    _, paths = files("resnet18", args.size, threads)
+    for n in args.images:
+        print(f"images: {n}", flush=True)
+        row = {k: stream(path, folder, n, threads) for k, path in paths.items()}
+        for found in row.values(): found["peak_mb"] -= empty_mb
+        yield {"images": n, "size": args.size, **row}
 
 
 def peak_mb(file, batch: int, threads: int, shapes: list) -> float:
@@ -117,9 +161,18 @@ def describe(data: dict) -> str:
             row |= {f"{k} ms": f"{c['median_ms']:.3g}", f"{k} us an item": f"{1e3 * c['median_ms'] / m['batch']:,.0f}",
                     f"{k} MB": f"{c['peak_mb']:.0f}"}
         rows.append({**row, "times eager": f"{m['times_eager']:.2f} ({m['low']:.2f} to {m['high']:.2f})"})
+    lines = []
+    for m in data["images"]:
+        (old, a), (new, b) = ((k, m[k]) for k in (EAGER, data["backend"]))
+        line = {"images": f"{m['images']:,}"}
+        for k, found, how in ((old, a, "get_preds"), (new, b, "predict_many")):
+            line |= {f"{k}: {how} s": f"{found['s']:.3g}", f"{k} ms an image": f"{1e3 * found['s'] / m['images']:.3g}",
+                     f"{k} MB": f"{found['peak_mb']:.0f}"}
+        lines.append(line)
     what = ("Model alone. MB: the high-water mark of a fresh process that opens the file and answers, over that of one "
             f"that only imports fastai ({data['empty_mb']:.0f} MB).")
-    return "\n\n".join([table(rows), what, where(data["run"])])
+    many = "From JPEG files of 400 to 1600 pixels to all answers of a resnet18, one fresh process each, one run:"
+    return "\n\n".join([table(rows), what, many, table(lines), where(data["run"])])
 
 
 def main() -> int:
@@ -130,16 +183,20 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="*", type=int, default=[64, 128, 224, 320], help="pixels")
     parser.add_argument("--models", nargs="*", choices=list(ARCHS), default=list(ARCHS))
     parser.add_argument("--size", type=int, default=128, help="pixels on the other axes, default: %(default)s")
+    parser.add_argument("--images", nargs="+", type=int, default=[50, 200, 800, 3200], help="files, from disk to answers")
     parser.add_argument("--seconds", type=float, default=5, help="of timing for each point, default: %(default)s")
     args = parse(parser, OUT, describe)
     if args is None: return 0
     warnings.simplefilter("ignore")
     empty = peak_mb("", 0, torch.get_num_threads(), [])
-    data = {"run": facts(), "empty_mb": empty, "backend": args.backend, "results": []}
+    data = {"run": facts(), "empty_mb": empty, "backend": args.backend, "results": [], "images": []}
     with tempfile.TemporaryDirectory() as tmp:
         files = Files(Path(tmp), args.backend)
         for p in points(args):
             data["results"].append(measure(p, files, args.seconds, empty))
+            write(args.out, data)
+        for row in streams(args, files, Path(tmp) / "photographs", empty):
+            data["images"].append(row)
             write(args.out, data)
     print(describe(data))
     return 0

@@ -236,7 +236,7 @@ def predict_many(
     learn,           # Learner, compiled or not
     items,           # Any iterable of items; for a table also a `DataFrame`
     bs=None,         # Rows of a batch; None: that of `learn.dls.valid`
-    workers=None,    # Threads that open and transform; None: one for each CPU, at most 8; 0: none
+    workers=None,    # Threads that open and transform; None: one for each CPU, at most 8; 0: none. Rows of a table need none
     errors='raise',  # 'raise' at the first bad item, or 'return' its `InvalidInput` in the place of an answer
     progress=True,   # Show a bar where the learner shows bars
 ):                   # Iterator of (decoded target, decoded prediction, prediction), one for each item, in order

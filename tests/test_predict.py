@@ -1,4 +1,5 @@
 """The lean path: fastai's answers around the same compiled model, bit for bit, from many threads; bad input is refused."""
+import importlib
 import io
 import re
 import zlib
@@ -11,6 +12,7 @@ import pytest
 import torch
 from fastai.data.transforms import Transform
 from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, load_learner
 from fastai.losses import MSELossFlat
 from fastai.tabular.all import (Categorify, CategoryBlock, FillMissing, TabularDataLoaders, TabularProc, noop, tabular_learner)
@@ -269,6 +271,48 @@ def test_why_not_lean_names_the_reason_and_the_answer_is_fastais(artifacts, file
     assert "compiled" in artifacts.learner("image").why_not_lean()
 
 
+def test_preds_inside_of_another_loop_are_fastais(image, files, monkeypatch):
+    "`inner=True` runs under the callbacks of the loop around it"
+    from fastai_compile import lean
+    dl, seen = image.dls.test_dl(files, num_workers=0), []
+    monkeypatch.setattr(lean, "_stock_get_preds", lambda *args, **kwargs: seen.append(args))
+    image.get_preds(dl=dl, inner=True)
+    assert len(seen) == 1 and seen[0][2] is dl and seen[0][7] is True
+    image.get_preds(dl=dl)
+    assert len(seen) == 1
+
+
+def bars(monkeypatch, *modules):
+    "What the progress bars of these modules were given to count"
+    seen = []
+    for name in modules:
+        module = importlib.import_module(name)
+        class Bar(module.progress_bar):
+            def __init__(self, gen, total=None, **kwargs):
+                super().__init__(gen, total, **kwargs)
+                seen.append(self.total)
+        monkeypatch.setattr(module, "progress_bar", Bar)
+    return seen
+
+
+def test_a_bar_is_shown_where_the_learner_shows_bars(artifacts, files, monkeypatch, capsys):
+    image = artifacts("eager", "image").open()
+    if not any(isinstance(cb, ProgressCallback) for cb in image.cbs): image.add_cb(ProgressCallback())
+    seen = bars(monkeypatch, "fastai_compile.preds", "fastai_compile.stream")
+    dl = image.dls.test_dl(files, bs=2, num_workers=0)
+    with image.no_bar():
+        image.get_preds(dl=dl)
+        list(image.predict_many(files))
+        assert not seen and not capsys.readouterr().out.strip()
+    image.get_preds(dl=dl)
+    assert seen == [len(dl)]
+    list(image.predict_many(files))
+    assert seen == [len(dl), len(files)] and capsys.readouterr().out.strip()
+    list(image.predict_many(files, progress=False))
+    list(image.predict_many(f for f in files)) # nobody knows how many
+    assert len(seen) == 2
+
+
 def test_a_temporary_callback_takes_part(image, files):
     dl = image.dls.test_dl(files, num_workers=0)
     want = stock(image, "get_preds", dl=dl, cbs=Doubles())
@@ -471,6 +515,7 @@ def test_a_stream_of_a_learner_that_is_not_compiled(artifacts, files):
 
 
 def test_nothing_to_predict(image, table):
+    for kw in ({}, {"with_input": True}): assert_same(image.get_preds(dl=[], **kw), stock(image, "get_preds", dl=[], **kw))
     for learn, items in ((image, []), (table, []), (table, make_frame(3)[:0])): assert list(learn.predict_many(items)) == []
 
 
