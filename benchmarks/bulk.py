@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from benchmarks.common import RESULTS, facts, kept, noisy, parse, table, where, write
+from benchmarks.common import RESULTS, facts, kept, parse, table, timed, write
 from benchmarks.photographs import frame, photographs, table_rows, vision_model
 
 OUT = RESULTS / "bulk.json"
@@ -76,7 +76,7 @@ def describe(data: dict) -> str:
                           BEST: f"{m['s'][m['best of fastai']]:.3g} s ({m['best of fastai']})",
                           "times faster": f"{med:.3g} ({low:.3g} to {high:.3g})", "goal": GOALS.get(m["model"], ""),
                           "largest difference": f"{m['largest difference'][k]:.2g}"})
-    runs = [f"{m['model']}: {said}" for m in data["results"] for said in (noisy(m["run"]), where(m["run"])) if said]
+    runs = [f"{m['model']}: {timed(m['run'])}" for m in data["results"]]
     return "\n\n".join([table(lines), *runs])
 
 

@@ -11,7 +11,7 @@ from fastai_compile.bench import next_item
 from fastai_compile.cold import PARTS, cold_start
 from fastai_compile.contenders import write_stock
 from fastai_compile.stages import bench_items
-from benchmarks.common import RESULTS, facts, kept, parse, table, where, write
+from benchmarks.common import RESULTS, facts, kept, parse, table, timed, write
 from benchmarks.families_data import classifier
 from benchmarks.model import _table_learner
 
@@ -56,7 +56,7 @@ def describe(data: dict) -> str:
             parts = {p.replace("_", " "): _shown(f["runs"], p) for p in PARTS}
             rows.append({"model": m["model"], "file": k, "MB": f"{f['size_mb']:.1f}", **parts, "failed": f["failed"]})
     runs = {}
-    for m in data["results"]: runs.setdefault(where(m["run"]), []).append(m["model"])
+    for m in data["results"]: runs.setdefault(timed(m["run"]), []).append(m["model"])
     what = ("Seconds, median and range of fresh processes; `start`: until Python runs, `import`: fastai and torch, "
             "`load`: `load_learner` with what the file imports, `first`: the first `predict`. Files are cached.")
     return "\n\n".join([table(rows), what, *[f"{', '.join(names)}: {run}" for run, names in runs.items()]])

@@ -85,10 +85,10 @@ def table(rows: list[dict]) -> str:
     return "\n".join([line(rows[0]), line("---" for _ in rows[0]), *[line(r.values()) for r in rows]])
 
 
-def noisy(run: dict) -> str:
-    "A warning where other programs ran when a run began, else ''"
+def timed(run: dict) -> str:
+    "`where` for times, with a warning where other programs ran when the run began"
     load = run["load_at_start"]
-    return "" if load < .5 else f"Load {load} at the start: other programs ran, these figures are not final."
+    return where(run) + ("" if load < .5 else f". Load {load} at the start: other programs ran, these figures are not final")
 
 
 def parse(parser: argparse.ArgumentParser, out: Path, describe):

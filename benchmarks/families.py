@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils import _pytree as pytree
-from benchmarks.common import RESULTS, child_env, facts, table, where, write
+from benchmarks.common import RESULTS, child_env, facts, table, timed, write
 from benchmarks.families_data import FAMILIES, build, first, items, lacks
 
 WAYS = ("with data", "without data")
@@ -184,7 +184,7 @@ def short_table(out: Path = OUT) -> str:
 def describe(out: Path = OUT) -> str:
     "The tables, and where they were measured"
     runs = load(out)["runs"]
-    return "\n\n".join([full_table(out), *[f"Run {i}: {where(r)}" for i, r in enumerate(runs)]])
+    return "\n\n".join([full_table(out), *[f"Run {i}: {timed(r)}" for i, r in enumerate(runs)]])
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import torch
 from fastai.learner import load_learner
 from fastai.vision.all import ProgressCallback
 from fastai_compile.backends.cuda import PRECISIONS, no_gpu
-from benchmarks.common import RESULTS, facts, noisy, parse, table, where, write
+from benchmarks.common import RESULTS, facts, parse, table, timed, write
 from benchmarks.gpu import FOR_P99, _ms, gpu_facts
 from benchmarks.photographs import photographs, vision_model
 from benchmarks.predict import by_fastai
@@ -72,7 +72,7 @@ def describe(data: dict) -> str:
              "times as fast as stock": f"{c['times_stock']:.2f}", "same labels": f"{c['same_labels']:.2%}"}
             for k, c in data["results"].items()]
     card = f"{data['gpu']['name']}, CUDA {data['gpu']['cuda']}" if data["gpu"] else "no GPU"
-    return f"{table(rows)}\n\n{data['model']}, {noisy(data['run'])} {card}; {where(data['run'])}"
+    return f"{table(rows)}\n\n{data['model']}, {card}; {timed(data['run'])}"
 
 
 def main() -> int:

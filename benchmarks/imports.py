@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import RESULTS, child_env, facts, noisy, parse, table, where, write
+from benchmarks.common import RESULTS, child_env, facts, parse, table, timed, write
 
 OUT = RESULTS / "imports.json"
 NAMES = "fastai.vision.all", "fastai_compile"
@@ -25,7 +25,7 @@ def describe(data: dict) -> str:
     "The result as Markdown"
     def shown(values): return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
     rows = [{"module": name, "s": shown([r[name] for r in data["results"]])} for name in NAMES]
-    return f"{table(rows)}\n\n{noisy(data['run'])} {where(data['run'])}"
+    return f"{table(rows)}\n\n{timed(data['run'])}"
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.learner import load_learner
 from fastai_compile.timing import interleave
-from benchmarks.common import RESULTS, facts, noisy, parse, table, where, write
+from benchmarks.common import RESULTS, facts, parse, table, timed, write
 from benchmarks.photographs import SIZE, vision_model
 
 OUT = RESULTS / "limits.json"
@@ -62,7 +62,7 @@ def describe(data: dict) -> str:
                      "MB of weights": f"{m['weight_bytes'] / 1e6:.1f}", "GFLOP/s of a product": f"{gflops:.0f}",
                      "GB/s of a copy": f"{gbs:.1f}", "arithmetic ms": f"{compute:.2f}", "weights ms": f"{memory:.2f}",
                      "ours ms": f"{got:.2f}", "ours, times the floor": f"{got / floor:.2f}"})
-    return f"{table(rows)}\n\n{noisy(data['run'])} {where(data['run'])}"
+    return f"{table(rows)}\n\n{timed(data['run'])}"
 
 
 def main() -> None:

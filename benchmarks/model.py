@@ -19,7 +19,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import resnet18
 from fastai_compile import BackendUnavailable, open_learner
 from fastai_compile.timing import interleave, ratio
-from benchmarks.common import RESULTS, facts, kept, parse, table, where, write
+from benchmarks.common import RESULTS, facts, kept, parse, table, timed, write
 from benchmarks.families_data import classifier
 
 OUT = RESULTS / "model.json"
@@ -159,7 +159,7 @@ def describe(data: dict) -> str:
     holds = all(m["verdict"]["holds"] for m in data["results"])
     lines.append(f"- Never slower than the best by more than the run's own spread: {'holds' if holds else 'DOES NOT HOLD'}")
     runs = {}
-    for m in data["results"]: runs.setdefault(where(m["run"]), []).append(f"{m['model']} {m['batch']}")
+    for m in data["results"]: runs.setdefault(timed(m["run"]), []).append(f"{m['model']} {m['batch']}")
     return "\n\n".join([table(rows), "\n".join(lines), *[f"{', '.join(what)}: {run}" for run, what in runs.items()]])
 
 

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-from benchmarks.common import RESULTS, child_env, facts, parse, table, where, write
+from benchmarks.common import RESULTS, child_env, facts, parse, table, timed, write
 from benchmarks.families_data import build
 
 MODELS = {"resnet18": "resnet18", "tabular": "tabular_classification"}
@@ -93,7 +93,7 @@ def describe(data: dict) -> str:
         lines += [f"- {model}: {s['ratio']:.2f} times the time by hand ({s['ratio_low']:.2f} to {s['ratio_high']:.2f}, "
                   f"{len(m['repeats'])} repeats); at most {TARGET} {'holds' if s['holds'] else 'DOES NOT HOLD'}",
                   f"- {model}: the gate took {s['gate_s']:.2f} s, the whole export {s['whole_export_s']:.2f} s"]
-    return "\n\n".join([table(rows), "\n".join(lines), where(data["run"])])
+    return "\n\n".join([table(rows), "\n".join(lines), timed(data["run"])])
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from benchmarks import by_hand
-from benchmarks.common import RESULTS, facts, noisy, parse, table, where, write
+from benchmarks.common import RESULTS, facts, parse, table, timed, write
 from benchmarks.photographs import ITEMS
 
 OUT = RESULTS / "predict.json"
@@ -122,7 +122,7 @@ def describe(data: dict) -> str:
                 "ours beyond the floor, ms": "" if over is None else f"{over:.3g}",
                 "eager takes, times the floor": f"{m['ms']['eager'][0] / sum(floor.values()):.3g}" if floor else ""}
         rows.append(row)
-    return "\n\n".join(filter(None, [table(rows), noisy(data["run"]), where(data["run"])]))
+    return "\n\n".join([table(rows), timed(data["run"])])
 
 
 def main() -> int:

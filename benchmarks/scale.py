@@ -18,7 +18,7 @@ from fastai.vision.all import resnet18, resnet34, resnet50
 from fastai_compile import open_learner
 from fastai_compile.contenders import write_stock
 from fastai_compile.timing import interleave, ratio
-from benchmarks.common import RESULTS, child_env, facts, parse, table, where, write
+from benchmarks.common import RESULTS, child_env, facts, parse, table, timed, write
 from benchmarks.families_data import classifier
 from benchmarks.model import _table_learner
 from benchmarks.photographs import photographs
@@ -172,7 +172,7 @@ def describe(data: dict) -> str:
     what = ("Model alone. MB: the high-water mark of a fresh process that opens the file and answers, over that of one "
             f"that only imports fastai ({data['empty_mb']:.0f} MB).")
     many = "From JPEG files of 400 to 1600 pixels to all answers of a resnet18, one fresh process each, one run:"
-    return "\n\n".join([table(rows), what, many, table(lines), where(data["run"])])
+    return "\n\n".join([table(rows), what, many, table(lines), timed(data["run"])])
 
 
 def main() -> int:

@@ -1002,6 +1002,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'fastai_compile.choose.Stages.close': ('choose.html#stages.close', 'fastai_compile/choose.py'),
                                        'fastai_compile.choose._adapter': ('choose.html#_adapter', 'fastai_compile/choose.py'),
                                        'fastai_compile.choose._dynamo_backend': ('choose.html#_dynamo_backend', 'fastai_compile/choose.py'),
+                                       'fastai_compile.choose._is_open': ('choose.html#_is_open', 'fastai_compile/choose.py'),
                                        'fastai_compile.choose.attempt': ('choose.html#attempt', 'fastai_compile/choose.py'),
                                        'fastai_compile.choose.candidate_row': ('choose.html#candidate_row', 'fastai_compile/choose.py'),
                                        'fastai_compile.choose.choose_candidates': ( 'choose.html#choose_candidates',

@@ -1,12 +1,15 @@
 """Which backend is taken and how it is told; wrapped models; bad paths; what a compiled learner refuses."""
+import contextlib
 import copy
 import dataclasses
 import io
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from fastai_compile import (BackendError, BackendUnavailable, CaptureError, Comp
                             GraphBreakError, InputError, NotTrainable, Report, WriteError, available_backends, choose, export,
                             inspect_artifact, open_learner, register_backend)
 from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
+from fastai_compile.example import Example
+from fastai_compile.timing import Timing
 from helpers import (Wrapped, assert_close, eager_of, make_learner, needs_backend, only, random_inputs, registered, run,
                      small_cnn, table_learner)
 
@@ -37,6 +42,11 @@ class Slow(Wrapped):
 
 class Late(Wrapped):
     cost = 60
+
+
+class Refuses(Wrapped):
+    cost = 61
+    def compile(self, captured, config): raise BackendError("this graph is not for me")
 
 
 def result_of(report, name): return next(r["result"] for r in report.candidates if r["backend"] == name)
@@ -152,6 +162,27 @@ def test_the_faster_of_a_list_is_taken(learn, tmp_path):
             assert report.backend == "late" and result_of(report, "slow") == "passed"
 
 
+CLOSE = {"eager": (10, 9), "a": (5, 5.1), "b": (4, 5.2)}    # b is the faster, but for one round
+CLEAR = {"eager": (10, 9), "a": (5, 5.1), "b": (4, 4.2)}
+ALIKE = {"eager": (10, 9), "a": (5, 5.1), "b": (4.9, 5.2)}  # less than 5%: a tie, whatever the noise
+
+
+@pytest.mark.parametrize("found, times, n", [(CLOSE, 2, 2), (CLEAR, 1, 2), (ALIKE, 1, 2), (CLOSE, 1, 1)])
+def test_what_few_rounds_leave_open_is_timed_again(found, times, n, learn, tmp_path, monkeypatch):
+    "A large model gets few rounds, and one slow call would hide that it is the faster"
+    from fastai_compile import choose
+    budgets, cands = [], [SimpleNamespace(name=k, model=None) for k in "ab"[:n]]
+    def interleave(fns, more_s):
+        budgets.append(more_s)
+        return {k: Timing((v[0],) * 8 + (v[1],), 1) for k, v in found.items() if k in fns}
+    monkeypatch.setattr(choose, "interleave", interleave)
+    xb = (torch.ones(2, 3),)
+    captured = SimpleNamespace(example=Example(xb, (), (torch.Tensor,), "a test", [0, 1]), eager=None)
+    config = SimpleNamespace(bs=(1,), backends=["a", "b"])
+    res = choose.time_candidates(captured, cands, config, lambda *args: contextlib.nullcontext())
+    assert len(budgets) == times and budgets == sorted(set(budgets)) and list(res[1]) == ["eager", *"ab"[:n]]
+
+
 @needs_onnx
 def test_eager_is_not_taken_behind_the_back(learn, tmp_path):
     "A list that does not name eager never ends in eager"
@@ -174,6 +205,28 @@ def test_the_report(learn, tmp_path):
     assert abs(report.size_mb - (tmp_path / "x.pkl").stat().st_size / 1e6) < 1e-9
     assert "load_learner" in repr(report) and "load_learner" in report._repr_html_()
     assert isinstance(eval(report.next_call.split("=", 1)[1], {"load_learner": load_learner}), Learner)
+
+
+@needs_onnx
+def test_the_table_of_candidates_is_filled(learn, tmp_path):
+    "What passed the gate has every figure, what did not has its reason, and both forms of the report show them"
+    with registered(Late("onnxruntime", key="table"), Refuses()):
+        report = learn.export(tmp_path / "x.pkl", compile=["late", "refuses", "onnxruntime"])
+    rows = {r["backend"]: r for r in report.candidates}
+    assert list(rows) == ["eager", "late", "refuses", "onnxruntime"]
+    for name in ("late", "onnxruntime"):
+        r = rows[name]
+        assert r["result"] in ("chosen", "passed") and "executed" in r["placement"]
+        p50, faster, *others = (float(re.match(r"[\d.e-]+", str(r[k]))[0]) for k in
+                                ("p50 ms", "times eager", "largest difference", "compile s", "load s", "MB"))
+        assert p50 > 0 and faster > 0 and all(v >= 0 for v in others)
+        calls = [t for t in report.candidates if t["backend"] == name][0]["p99 ms"]
+        assert calls == "" or float(calls.split()[0]) >= p50, "the 99th percentile is there where there were enough calls"
+    assert "not for me" in rows["refuses"]["result"] and rows["refuses"]["p50 ms"] == ""
+    for shown in (repr(report), report._repr_html_()):
+        for column in ("p50 ms", "p99 ms", "times eager", "largest difference", "compile s", "load s", "MB", "placement"):
+            assert column in shown
+        assert "not for me" in shown
 
 
 # ---- wrapped models
