@@ -317,6 +317,14 @@ def test_executorch_runs_slow_kernels_in_silence_and_we_do_not():
     check_placement(run.placement, ("convolution",))
 
 
+@pytest.mark.parametrize("version, usable", [("2.11.0", False), ("2.9.1", False), ("2.15.0", True), ("2.12.0a0", True)])
+def test_executorch_beside_a_torch_that_it_fails_with(version, usable, monkeypatch):
+    backend_of("executorch")
+    monkeypatch.setattr(executorch, "torch_version", lambda: version)
+    p = get_backend("executorch").probe("cpu")
+    assert p.usable == usable and (usable or f"torch {version}" in p.reason and "--upgrade torch" in p.mend)
+
+
 def test_executorch_with_nothing_for_xnnpack_is_a_fallback():
     b, cap = backend_of("executorch", "executed"), captured_of(NothingToDelegate(), torch.randn(2, 3), max_bs=4)
     placement = b.coverage(cap, make_config("executorch"))

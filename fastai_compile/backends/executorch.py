@@ -9,7 +9,7 @@ __all__ = ['ExecuTorchRunner', 'ExecuTorchBackend']
 import contextlib, importlib.metadata, importlib.util, io, logging, os, re, threading
 from dataclasses import replace
 import torch
-from .base import Payload, Placement, Probe, backend_options, register_backend
+from .base import Payload, Placement, Probe, backend_options, register_backend, torch_version
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
 from ..errors import BackendError
@@ -17,6 +17,7 @@ from ..errors import BackendError
 # %% ../../nbs/backends/41_executorch.ipynb #32cc4970
 _OLDEST = '1.5' # The oldest ExecuTorch this was run with
 _TARGET = 'executorch (XNNPACK) on CPU'
+_FAILS_WITH = (2, 11) # The newest torch in which executorch 1.5 was seen to fail; its package names none
 _HEAVY = re.compile(r'conv|linear|mm(_|$)|matmul|lstm|gru|rnn|attention') # What a plain loop must not compute
 
 def _why(e): return f'{type(e).__name__}: ' + ' '.join(str(e).split())[:500]
@@ -145,7 +146,11 @@ class ExecuTorchBackend:
     def probe(self, device):
         if importlib.util.find_spec('executorch') is None:
             return Probe(False, 'not installed: executorch', "pip install 'fastai_compile[executorch]'")
-        return Probe(True, f'executorch {importlib.metadata.version("executorch")}')
+        version = f'executorch {importlib.metadata.version("executorch")}'
+        if tuple(int(v) for v in torch_version().split('.')[:2]) <= _FAILS_WITH:
+            return Probe(False, f'{version} does not run beside torch {torch_version()}: "tensor does not have a device"',
+                         "pip install --upgrade torch (2.15 was tested)")
+        return Probe(True, version)
 
     def coverage(self, captured, config):
         "Lowers the graph, which takes most of the time of compiling"
