@@ -42,6 +42,7 @@ SAYS = {"Print": "`print`", "Hook": "`print`", "LoopPrint": "`print`", "Item": "
         "Lock": "_thread.allocate_lock", "Traceback": "sys._getframe", "Seed": "seeded", "Generator": "generator",
         "Backward": "`backward`", "Disabled": "torch.compiler.disable", "Lstm": "nn.LSTM"}
 needs_215 = pytest.mark.skipif(torch.__version__ < "2.15", reason="the table was made with torch 2.15")
+names_layers = pytest.mark.skipif(torch.__version__ < "2.12", reason="dynamo of torch 2.11 says only that the model breaks, not where")
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +195,7 @@ def test_inputs_of_fastais_types():
 
 
 @pytest.mark.slow
+@names_layers
 def test_unet():
     from fastai.layers import ToTensorBase
     from fastai.vision.all import DynamicUnet, resnet18
@@ -455,6 +457,7 @@ def test_callback_survives_pickling_and_a_reset_of_dynamo():
     assert watch.rows.breaks[0].layer == PATH
 
 
+@names_layers
 def test_a_recurrent_layer_inside_of_a_container_is_named():
     class Recurrent(nn.Module):
         def __init__(self):
