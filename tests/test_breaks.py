@@ -42,7 +42,7 @@ SAYS = {"Print": "`print`", "Hook": "`print`", "LoopPrint": "`print`", "Item": "
         "Lock": "_thread.allocate_lock", "Traceback": "sys._getframe", "Seed": "seeded", "Generator": "generator",
         "Backward": "`backward`", "Disabled": "torch.compiler.disable", "Lstm": "nn.LSTM"}
 needs_215 = pytest.mark.skipif(torch.__version__ < "2.15", reason="the table was made with torch 2.15")
-names_layers = pytest.mark.skipif(torch.__version__ < "2.12", reason="dynamo of torch 2.11 says only that the model breaks, not where")
+names_layers = pytest.mark.skipif(torch.__version__ < "2.12", reason="dynamo of torch 2.11 says only that the model breaks")
 
 
 @pytest.fixture(autouse=True)
