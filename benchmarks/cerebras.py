@@ -30,12 +30,12 @@ from benchmarks.common import RESULTS, child_env, facts, parse, table, where, wr
 from benchmarks.families_data import build, classifier
 
 OUT = RESULTS / "cerebras.json"
-TRAINED = "convnext_base at 224", "mobilenetv3_large, trained"
+TRAINED = "convnext_base at 224", "mobilenetv3_large, trained" # through `vision_learner`, and exported
 # name: (architecture, pixels). None: a learner of `families_data`
 MODELS = {
-    TRAINED[0]: ("convnext_base", 224), "resnet18": (resnet18, 64), "resnet50": (resnet50, 64),
+    "convnext_base at 224": ("convnext_base", 224), "resnet18": (resnet18, 64), "resnet50": (resnet50, 64),
     "densenet121": (densenet121, 64), "vit_tiny": ("vit_tiny_patch16_224", 224), "efficientnet_b0": ("efficientnet_b0", 64),
-    "mobilenetv3_large": ("mobilenetv3_large_100", 64), TRAINED[1]: ("mobilenetv3_large_100", 64),
+    "mobilenetv3_large": ("mobilenetv3_large_100", 64), "mobilenetv3_large, trained": ("mobilenetv3_large_100", 64),
     "xresnet18": (xresnet18, 65), "regnety_004": ("regnety_004", 64),
     "resnext50": ("resnext50_32x4d", 64), "convnextv2_nano": ("convnextv2_nano", 64),
     "mobilenetv2": ("mobilenetv2_100", 64), "resnet18 at 224": (resnet18, 224),

@@ -101,10 +101,10 @@ def parse(parser: argparse.ArgumentParser, out: Path, describe):
     return None
 
 
-def kept(out: Path, models: list) -> list:
-    "The results of `out` for other models than these: what is not measured again keeps its own run"
+def kept(out: Path, models: list, batches: list | None = None) -> list:
+    "The results of `out` for other models, or other batches of them: what is not measured again keeps its own run"
     old = json.loads(out.read_text())["results"] if out.exists() else []
-    return [r for r in old if r["model"] not in models]
+    return [r for r in old if r["model"] not in models or batches is not None and r["batch"] not in batches]
 
 
 def child_env() -> dict:

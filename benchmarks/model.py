@@ -5,7 +5,6 @@ second copy of the chosen file runs along: what it differs from the first is the
 """
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import resnet18
 from fastai_compile import BackendUnavailable, open_learner
 from fastai_compile.timing import interleave, ratio
-from benchmarks.common import RESULTS, facts, parse, table, timed, write
+from benchmarks.common import RESULTS, facts, kept, parse, table, timed, write
 from benchmarks.families_data import classifier
 
 OUT = RESULTS / "model.json"
@@ -174,8 +173,7 @@ def main() -> int:
     args = parse(parser, OUT, describe)
     if args is None: return 0
     warnings.simplefilter("ignore")
-    old = json.loads(args.out.read_text())["results"] if args.out.exists() else []
-    run, data = facts(), {"results": [m for m in old if m["model"] not in args.models or m["batch"] not in args.batches]}
+    run, data = facts(), {"results": kept(args.out, args.models, args.batches)}
     with tempfile.TemporaryDirectory() as tmp:
         for name in args.models:
             for batch in args.batches:

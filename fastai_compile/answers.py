@@ -200,7 +200,7 @@ def _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, tabl
 def _moved(before, after, rows):
     "The rows whose predictions moved most"
     errs = [row_error(b, a, True) for a, b in zip(*[pytree.tree_leaves(r[0]) for r in (before, after)])]
-    return worst_rows(torch.stack([e.nan_to_num() for e in errs]).amax(0), rows)
+    return worst_rows(torch.stack([e.nan_to_num() for e in errs]).amax(0), rows) or 'none of them'
 
 def _check_outputs(learn, captured, model, dl, limit):
     "The flat outputs of eager and `model` on every batch of `dl`; for models whose answers fastai cannot gather"

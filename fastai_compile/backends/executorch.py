@@ -148,8 +148,8 @@ class ExecuTorchBackend:
             return Probe(False, 'not installed: executorch', "pip install 'fastai_compile[executorch]'")
         version = f'executorch {importlib.metadata.version("executorch")}'
         if tuple(int(v) for v in torch_version().split('.')[:2]) <= _FAILS_WITH:
-            return Probe(False, f'{version} does not run beside torch {torch_version()}: "tensor does not have a device"',
-                         "pip install --upgrade torch (2.15 was tested)")
+            return Probe(False, f'{version} does not run beside torch {torch_version()} ("tensor does not have a device"); '
+                         'it was tested with 2.15', 'pip install --upgrade torch')
         return Probe(True, version)
 
     def coverage(self, captured, config):
