@@ -142,8 +142,8 @@ def _line(name, r):
 def describe(data):
     "The table of a result"
     rows = [_line(name, r) for name, r in data["models"].items()]
-    trained = ", ".join(name for name, r in data["models"].items() if r.get("trained"))
-    made = f"{trained}: trained for two epochs by `vision_learner`, written by `learn.export`. The others have random weights."
+    trained = " and ".join(f"`{name}`" for name, r in data["models"].items() if r.get("trained"))
+    made = f"Trained for two epochs by `vision_learner` and written by `learn.export`: {trained}. The others have random weights."
     worker = ", ".join(f"{k} {v}" for k, v in data["run"]["worker"].items())
     return "\n\n".join([table(rows), made, f"Lowered with {worker}. The last run: {where(data['run'])}"])
 

@@ -425,6 +425,7 @@ def test_inductor_calls_python_in_silence_and_we_do_not(tmp_path):
     with torch.no_grad(): assert_close(run([x])[0], cap.module(x)[0])  # it works, and nothing said that this is not compiled
     op = "fastai_compile_tests.double.default"
     assert list(run.placement.elsewhere) == [op] == list(found)
+    assert list(get_backend("inductor:cuda").coverage(cap, make_config("inductor:cuda")).elsewhere) == [op]
     with pytest.raises(FallbackError, match=f"{op}: a custom operator"): check_placement(run.placement)
     check_placement(run.placement, (op,))
     torch.save(payload, tmp_path / "payload.pt")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .base import Payload, Placement, Probe, aten_count, backend_options, host, register_backend
-from .inductor import _compiler, _unpacked, _why
+from .inductor import _compiler, _custom, _unpacked, _why
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
 from ..config import nearest
@@ -192,8 +192,8 @@ class CudaBackend:
         return Probe(True, f'PyTorch {torch.__version__}, CUDA {torch.version.cuda}')
 
     def coverage(self, captured, config):
-        n = aten_count(captured.program)
-        return Placement('inductor on CUDA', 'lowered', {'ATen': n})
+        lost = _custom(captured.program)
+        return Placement('inductor on CUDA', 'lowered', {'ATen': aten_count(captured.program)-len(lost)}, lost)
 
     def compile(self, captured, config):
         choice = settings(config, self.name, captured.max_bs)
@@ -212,7 +212,7 @@ class CudaBackend:
         n = aten_count(program)
         return Payload(self.name, {'model.pt2': data, 'about.json': to_payload_bytes(json.dumps(about).encode())},
                        needs={k: v for k, v in host().items() if k in ('torch', 'system', 'machine')},
-                       placement=Placement('inductor on CUDA', 'compiled', {'CUDA': n}, elsewhere),
+                       placement=Placement('inductor on CUDA', 'compiled', {'CUDA': n}, {**_custom(program), **elsewhere}),
                        choices={'options': choice, 'CUDA graphs': about['graphs'] or 'none'})
 
     def _build(self, program, choice):
