@@ -39,16 +39,20 @@ package fastinference. Each call comes after others, so caches are as cold as in
 
 {predict}
 
-The floor of a photograph is its decoding and its resizing by PIL, without which the answer would be another one, and the model.
+The floor of a photograph is its decoding and its resizing by PIL, without which the answer would be another one, and the model,
+by hand, one after another. Each of them alone, in a loop, is quicker than there: its data and code stay in the caches.
 The last column says how many times faster than eager fastai an answer with no time beyond this floor would be: no goal above
 it can be reached with exact pixels. Decoders that are quicker than PIL's for the same pixels (torchvision, OpenCV) were tried:
-the picture has to become PIL's again for its exact resize, which takes what they save. For a row, most of the time
-beyond the model goes into what fastai returns with the answer, a decoded table of one row; a script by hand makes none.
-For pairs of a collab learner, into the frame that `test_dl` makes. "Not written": nobody's tutorial was followed.
+the picture has to become PIL's again for its exact resize, which takes what they save. In the scripts by hand, the threads of
+ONNX Runtime spin between calls, on CPUs that would be free for other work. Ours stop after each call, and the next one has to
+wake them; "threads spin" is ours with the setting of those scripts. For a row, most of the time beyond the model goes into what
+fastai returns with the answer, a decoded table of one row; a script by hand makes none. For pairs of a collab learner, into the
+frame that `test_dl` makes. "Not written": nobody's tutorial was followed.
 
 ## Many items
 
-`python benchmarks/bulk.py`: `get_preds` with 0, 1 and 2 workers, and `predict_many`.
+`python benchmarks/bulk.py`: `get_preds` with 0, 1 and 2 workers, and `predict_many`. The floor is decoding and resizing by PIL
+alone, by as many threads, and the model alone; for a table, the model alone.
 
 {bulk}
 

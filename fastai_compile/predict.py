@@ -7,7 +7,7 @@ __all__ = ['why_loader', 'set_fast', 'Plan', 'remember', 'plan_of', 'stream_plan
            'answer_of', 'batch_of', 'lean_predict']
 
 # %% ../nbs/20_predict.ipynb #90a94b50
-import threading, weakref
+import operator, threading, weakref
 from collections import defaultdict
 from contextlib import nullcontext
 from copy import copy
@@ -108,22 +108,25 @@ class _Watch:
         self.procs = list({id(to.procs): to.procs for to in tables}.values()) # train and valid share them
         self.dicts += [vars(p) for procs in self.procs for p in procs.fs]
         self.lists = [o for to in tables for o in (to.cat_names, to.cont_names, to.y_names)]
-        self.seen = self._look() # kept, so that no id is used again
-        self.ids = list(map(id, self.seen))
+        inner = [v for d in self.dicts for v in d.values() if type(v) in (dict, defaultdict)] if self.procs else []
+        self.remember = [d for d in self.dicts if _state & d.keys()]
+        self.whole = [d for d in self.dicts if not _state & d.keys()] + inner # inner: the numbers of a table's procs
+        self.seen = self._look()
     def _look(self):
         "Every value that counts"
         res = [*self.dls.loaders, *(tl.tfms for tl in self.tls)]
         for p in self.pipes: res += [p.split_idx, *p.fs.items]
-        for d in self.dicts: res += [v for k, v in d.items() if k not in _state]
+        for d in self.whole: res += d.values()
+        for d in self.remember: res += [v for k, v in d.items() if k not in _state]
         for dl in self.pairs:
             res += [dl.dataset, dl.after_item, dl.before_batch, dl.after_batch, dl.bs, dl._device]
             res += map(vars(dl).get, _hooks)
         for p in self.procs: res += [p, *p.fs.items]
-        if self.procs: # The numbers of a table's procs, as they stand in their dicts
-            for d in self.dicts: res += [o for v in d.values() if type(v) in (dict, defaultdict) for o in v.values()]
-            for names in self.lists: res.extend(names)
+        for names in self.lists: res.extend(names)
         return res
-    def same(self): return list(map(id, self._look())) == self.ids
+    def same(self):
+        now = self._look()
+        return len(now) == len(self.seen) and all(map(operator.is_, now, self.seen))
 
 # Decoding a target with these never looks at the input beside it
 _apart = {ToTensor, IntToFloatTensor, Normalize, Pad_Chunk, Categorize, MultiCategorize, OneHotEncode, RegressionSetup,
@@ -228,8 +231,10 @@ def why_not_lean(
 def _is_plain(o): return type(o) is torch.Tensor or (type(o) is tuple and all(map(_is_plain, o)))
 
 def _detach(o):
-    "`to_detach`, quicker for plain tensors"
-    if type(o) is torch.Tensor: return o.detach().cpu()
+    "`to_detach`, without a new tensor for what is detached"
+    if isinstance(o, torch.Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            if o.is_cpu and not o.requires_grad: return o
     return tuple(map(_detach, o)) if type(o) is tuple else to_detach(o)
 
 def gather(

@@ -9,6 +9,7 @@ __all__ = ['in_order', 'predict_one_row', 'predict_many']
 import itertools, os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import copy_context
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -19,6 +20,7 @@ from fastai.tabular.learner import TabularLearner
 from fastai.text.data import SortedDL
 from fastcore.basics import detuplify, getcallable, tuplify
 from fastprogress.fastprogress import progress_bar
+from .backends.base import torch_threads
 from .errors import ConfigError
 from .items import InvalidInput, is_stock_input
 from .predict import forward, gather, stream_plan
@@ -56,10 +58,9 @@ def in_order(
 def _small(x):
     return x[..., :1, :1] if x.ndim > 2 else x[:, :1] if x.ndim == 2 else x
 
-def _decoded(learn, inp, dec_preds, dec, n, short):
+def _decoded(learn, inp, dec_preds, dec, n):
     i = getattr(learn.dls, 'n_inp', -1)
     inp = (inp,) if i == 1 else tuplify(inp)
-    if short: inp = tuple(_small(x) for x in inp)
     return [detuplify(o[i:]) for o in dec.decode_batch(inp + tuplify(dec_preds), max_n=n)]
 
 def _at(o, i):
@@ -69,19 +70,20 @@ def _at(o, i):
     parts = [_at(v, i) for v in o]
     return type(o)(*parts) if hasattr(o, '_fields') else type(o)(parts)
 
-def _rows(learn, plan, lane, samples):
-    "(decoded target, decoded prediction, prediction) of each sample"
-    with plan.turn(lane): b = lane.batch(samples)
+def _rows(learn, plan, lane, samples, beside):
+    "(decoded target, decoded prediction, prediction) of each sample. beside: other threads are at work"
+    with plan.turn(lane), torch_threads(1) if beside and not lane.shared else nullcontext(): b = lane.batch(samples)
     inputs, preds, *_ = forward(learn, plan, b)
-    inp, preds = gather(inputs), gather(preds)
+    inp, preds = gather(tuple(map(_small, inputs)) if plan.apart else inputs), gather(preds)
     preds = getcallable(plan.loss_func, 'activation')(preds)
     dec_preds = getcallable(plan.loss_func, 'decodes')(preds)
-    with plan.turn(lane): dec = _decoded(learn, inp, dec_preds, lane.dec, len(samples), plan.apart)
+    with plan.turn(lane): dec = _decoded(learn, inp, dec_preds, lane.dec, len(samples))
     return [(d, _at(dec_preds, i), _at(preds, i)) for i, d in enumerate(dec)]
 
 class _Maker:
     "Items to samples in threads, samples to answers in the caller's thread"
-    def __init__(self, learn, plan, errors): self.learn, self.plan, self.errors = learn, plan, errors
+    def __init__(self, learn, plan, errors, beside):
+        self.learn, self.plan, self.errors, self.beside = learn, plan, errors, beside
     def sample(self, item):
         "(item, True, sample) or (item, False, error)"
         try:
@@ -98,7 +100,8 @@ class _Maker:
         if self.errors == 'raise' and (bad := next((r for r in res if r is not None), None)): raise bad
         good = [i for i, m in enumerate(made) if m[1]]
         if not good: return res
-        try: rows = _rows(self.learn, self.plan, self.plan.lane(made[good[0]][0]), [made[i][2] for i in good])
+        first, samples = made[good[0]][0], [made[i][2] for i in good]
+        try: rows = _rows(self.learn, self.plan, self.plan.lane(first), samples, self.beside)
         except Exception as e:
             if len(good) > 1: rows = [self.answers([made[i]])[0] for i in good]
             else: rows = [self._error(made[good[0]][0], e)]
@@ -130,7 +133,7 @@ def _sorted_answers(maker, made, bs):
     return res
 
 def _from_items(learn, plan, items, bs, workers, errors):
-    maker, text = _Maker(learn, plan, errors), isinstance(learn.dls.valid, SortedDL)
+    maker, text = _Maker(learn, plan, errors, workers > 0), isinstance(learn.dls.valid, SortedDL)
     window = 16*bs if text else bs
     for made in _chunks(in_order(maker.sample, items, workers, 2*window + workers), window):
         yield from _sorted_answers(maker, made, bs) if text else maker.answers(made)
