@@ -14,6 +14,7 @@ from tools.outputs import scrub
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SPIN_S = .1 # Longer than the threads of ONNX Runtime's sessions spin after a run (45 ms): the next contender has the CPUs
 PACKAGES = ("torch", "torchvision", "fastai", "fastcore", "timm", "transformers", "onnx", "onnxscript", "onnxruntime",
             "numpy")
 

@@ -19,7 +19,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.all import resnet18
 from fastai_compile import BackendUnavailable, open_learner
 from fastai_compile.timing import interleave, ratio
-from benchmarks.common import RESULTS, facts, kept, parse, table, timed, write
+from benchmarks.common import RESULTS, SPIN_S, facts, kept, parse, table, timed, write
 from benchmarks.families_data import classifier
 
 OUT = RESULTS / "model.json"
@@ -128,7 +128,7 @@ def measure(name: str, batch: int, size: int, rounds: int, round_s: float, path:
     *xb, _ = learn.dls.valid.one_batch()
     xs = [torch.cat([x.as_subclass(torch.Tensor)] * -(-batch // len(x)))[:batch].contiguous() for x in xb]
     fns, backend, seconds, missing = candidates(learn, xs, batch, path)
-    times = interleave(fns, rounds=rounds, most=101, more_s=30, round_s=round_s, budget_s=1e9)
+    times = interleave(fns, rounds=rounds, most=101, more_s=30, round_s=round_s, budget_s=1e9, pause_s=SPIN_S)
     rows = {}
     for k, t in times.items():
         r = ratio(times["eager"], t)

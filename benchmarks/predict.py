@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from benchmarks import by_hand
-from benchmarks.common import RESULTS, facts, parse, table, timed, write
+from benchmarks.common import RESULTS, SPIN_S, facts, parse, table, timed, write
 from benchmarks.photographs import ITEMS
 
 OUT = RESULTS / "predict.json"
@@ -104,7 +104,7 @@ def measure(model: str, threads: int, rounds: int) -> dict:
     from fastai_compile.timing import interleave, ratio
     with tempfile.TemporaryDirectory() as tmp:
         fns, parts, failed = contenders(model, Path(tmp), threads)
-        times = interleave(fns, rounds=rounds, budget_s=60)
+        times = interleave(fns, rounds=rounds, more_s=30, budget_s=60, pause_s=SPIN_S)
     res = {"ms": {k: [t.median_ms, min(t.rounds_ms), max(t.rounds_ms)] for k, t in times.items()}, "parts": parts,
            "failed": failed}
     for k in fns:

@@ -123,8 +123,8 @@ class OnnxRuntimeBackend:
         import onnxruntime as ort
         so = ort.SessionOptions()
         so.intra_op_num_threads, so.inter_op_num_threads, so.log_severity_level = threads, 1, 3
-        so.add_session_config_entry('session.force_spinning_stop', '1')
-        for k, v in payload.choices.get('options', {}).get('session', {}).items(): so.add_session_config_entry(k, str(v))
+        entries = {'session.force_spinning_stop': '1'} | payload.choices.get('options', {}).get('session', {})
+        for k, v in entries.items(): so.add_session_config_entry(k, str(v))
         values = [ort.OrtValue.ortvalue_from_numpy(t.detach().numpy()) for t in payload.tensors.values()]
         if values: so.add_external_initializers(list(payload.tensors), values)
         try: session = ort.InferenceSession(bytes(_as_bytes(payload.files['model.onnx'])), so, providers=[_CPU])
