@@ -10,6 +10,7 @@ leave ONNX Runtime's threads as they are: they spin between calls and keep the C
 threads that spin.
 """
 import argparse
+import json
 import sys
 import tempfile
 import warnings
@@ -76,6 +77,16 @@ def scripts(kind: str, learn, item, size: int, work: Path, threads: int) -> tupl
     return hands, parts
 
 
+def ready(learn, item):
+    "The compiled model on a batch that is ready"
+    from fastai_compile.predict import batch_of, plan_of
+    _, b = batch_of(plan_of(learn), item)
+    xs = [x.as_subclass(torch.Tensor).contiguous() for x in b[:learn.dls.n_inp]]
+    def run():
+        with torch.no_grad(): return learn.model(*xs)
+    return run
+
+
 def contenders(model: str, work: Path, threads: int) -> tuple:
     "({name: function without arguments}, names of parts, {name: why it is missing}); checked to agree"
     from fastai.learner import load_learner
@@ -95,6 +106,7 @@ def contenders(model: str, work: Path, threads: int) -> tuple:
     for k, f in hands.items():
         off = np.abs(f() - answer(ours, kind, item)[2].numpy()).max()
         assert off < 1e-3, f"{model}, {k}: it answers something else ({off:.2g})"
+    if not parts: parts = {"model alone": ready(ours, item)}
     fns = {"ours": lambda: answer(ours, kind, item), SPIN: lambda: answer(spin, kind, item),
            "stock": lambda: by_fastai(again, kind, item), "eager": lambda: by_fastai(learn, kind, item)}
     return fns | hands | parts, list(parts), failed
@@ -135,7 +147,9 @@ def describe(data: dict) -> str:
                        f"{HANDS[0]} takes, times that": _ratio(m.get(f"{HANDS[0]} / {SPIN}"), ""),
                        "eager takes, times the floor": f"{m['ms']['eager'][0] / floor:.3g}" if floor else ""})
         rows.append(row)
-    return "\n\n".join([table(rows), table(limits), timed(data["run"])])
+    runs = {timed(m["run"]): [] for m in data["models"].values()}
+    for model, m in data["models"].items(): runs[timed(m["run"])].append(model)
+    return "\n\n".join([table(rows), table(limits), *[f"{'; '.join(models)}: {run}" for run, models in runs.items()]])
 
 
 def main() -> int:
@@ -147,9 +161,10 @@ def main() -> int:
     if args is None: return 0
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    data = {"run": facts(), "models": {}}
+    run, data = facts(), {"models": json.loads(args.out.read_text())["models"] if args.out.exists() else {}}
     for model in args.models:
-        data["models"][model] = measure(model, args.threads, args.rounds)
+        data["models"][model] = {"run": run, **measure(model, args.threads, args.rounds)}
+        data["models"] = {k: data["models"][k] for k in ITEMS if k in data["models"]}
         write(args.out, data)
     print(describe(data))
     return 0

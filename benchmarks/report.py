@@ -44,9 +44,11 @@ by hand, one after another. Each of them alone, in a loop, is quicker than there
 The last column says how many times faster than eager fastai an answer with no time beyond this floor would be: no goal above
 it can be reached with exact pixels. In the scripts by hand, the threads of ONNX Runtime spin for 45 ms after a call, on CPUs that
 would be free for other work. Ours stop after each call, and the next one has to wake them; "threads spin" is ours with the
-setting of those scripts. For a row, most of the time beyond the model goes into what fastai returns with the answer, a decoded
-table of one row; a script by hand makes none. For pairs of a collab learner, into the frame that `test_dl` makes.
-"Not written": nobody's tutorial was followed.
+setting of those scripts. What a photograph takes beyond its floor goes into looking whether the learner was changed, making and
+normalizing the tensor (the scripts by hand do that too), waking threads, and decoding the answer: each some hundredths to three
+tenths of a millisecond, because after the decoding even their code comes out of a cold cache. For a row, most of the time beyond
+the model goes into what fastai returns with the answer, a decoded table of one row; a script by hand makes none. For pairs of a
+collab learner, into the frame that `test_dl` makes. "Not written": nobody's tutorial was followed.
 
 Decoders with PIL's very pixels, by `python benchmarks/decode.py`: file to pixels, and file to the picture that the model sees.
 What another decoder saves goes into making a PIL picture of its pixels, for the resize that fastai does by PIL, and the resize

@@ -120,12 +120,11 @@ def is_resize(
 def _is_tensor(im): return type(im) is TensorImage and not vars(im)
 def _is_rgb(im): return type(im) is PILImage and im.mode == 'RGB' and im._tensor_cls is TensorImage
 
-def _to_float(div): return lambda x: x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(div)
-
-def _to_normal(mean, std, fresh):
-    own = fresh and all(t.dtype is torch.float32 and t.shape == (1, mean.numel(), 1, 1) for t in (mean, std))
-    def f(x): return x.sub_(mean).div_(std) if own and x.ndim == 4 and x.shape[1] == mean.shape[1] else (x-mean) / std
-    return f
+def _to_tensor(im): return torch.from_numpy(np.array(im)).permute(2, 0, 1)
+def _to_float(div, x): return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(div)
+def _to_normal(mean, std, x): return (x-mean) / std
+def _in_place(mean, std, x):
+    return x.sub_(mean).div_(std) if x.ndim == 4 and x.shape[1] == mean.shape[1] else _to_normal(mean, std, x)
 
 def _as_image(f, im):
     "`f` of plain tensors, quicker than of a subclass"
@@ -157,10 +156,12 @@ def plainly(
     code = functions_of(getattr(tfm, 'encodes', None))
     if type(tfm) not in (ToTensor, IntToFloatTensor, Normalize) or tfm.split_idx is not None: return None
     if not all(map(_of_fastai, code)): return None
-    if type(tfm) is ToTensor: return Plainly(tfm, lambda im: torch.from_numpy(np.array(im)).permute(2, 0, 1), _is_rgb)
-    if type(tfm) is IntToFloatTensor: return Plainly(tfm, _to_float(tfm.div))
-    if any(type(t) is not TensorImage and type(t) is not torch.Tensor for t in (tfm.mean, tfm.std)): return None
-    return Plainly(tfm, _to_normal(tfm.mean, tfm.std, makes_floats(before)))
+    if type(tfm) is ToTensor: return Plainly(tfm, _to_tensor, _is_rgb)
+    if type(tfm) is IntToFloatTensor: return Plainly(tfm, functools.partial(_to_float, tfm.div))
+    ts = tfm.mean, tfm.std
+    if any(type(t) is not TensorImage and type(t) is not torch.Tensor for t in ts): return None
+    alone = makes_floats(before) and all(t.dtype is torch.float32 and t.shape == (1, tfm.mean.numel(), 1, 1) for t in ts)
+    return Plainly(tfm, functools.partial(_in_place if alone else _to_normal, *ts))
 
 # %% ../nbs/20_lanes.ipynb #23808a2f
 def is_idle(
