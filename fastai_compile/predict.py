@@ -103,21 +103,20 @@ class _Watch:
         self.tls = [tl for dl in self.pairs for tl in getattr(dl.dataset, 'tls', [dl.dataset]) if isinstance(tl, TfmdLists)]
         self.pipes = [p for dl in self.pairs for p in (dl.after_item, dl.before_batch, dl.after_batch) if isinstance(p, Pipeline)]
         self.pipes += [tl.tfms for tl in self.tls]
-        self.dicts = [vars(f) for dl in self.pairs for f in tfms_of(dl)]
+        dicts = [vars(f) for dl in self.pairs for f in tfms_of(dl)]
         tables = [dl.dataset for dl in self.pairs if isinstance(dl.dataset, Tabular)]
         self.procs = list({id(to.procs): to.procs for to in tables}.values()) # train and valid share them
-        self.dicts += [vars(p) for procs in self.procs for p in procs.fs]
+        dicts += [vars(p) for procs in self.procs for p in procs.fs]
         self.lists = [o for to in tables for o in (to.cat_names, to.cont_names, to.y_names)]
-        inner = [v for d in self.dicts for v in d.values() if type(v) in (dict, defaultdict)] if self.procs else []
-        self.remember = [d for d in self.dicts if _state & d.keys()]
-        self.whole = [d for d in self.dicts if not _state & d.keys()] + inner # inner: the numbers of a table's procs
+        self.partly, self.whole = ([d for d in dicts if bool(_state & d.keys()) is has] for has in (True, False))
+        if self.procs: self.whole += [v for d in dicts for v in d.values() if type(v) in (dict, defaultdict)] # their numbers
         self.seen = self._look()
     def _look(self):
         "Every value that counts"
         res = [*self.dls.loaders, *(tl.tfms for tl in self.tls)]
         for p in self.pipes: res += [p.split_idx, *p.fs.items]
         for d in self.whole: res += d.values()
-        for d in self.remember: res += [v for k, v in d.items() if k not in _state]
+        for d in self.partly: res += [v for k, v in d.items() if k not in _state]
         for dl in self.pairs:
             res += [dl.dataset, dl.after_item, dl.before_batch, dl.after_batch, dl.bs, dl._device]
             res += map(vars(dl).get, _hooks)
