@@ -6,7 +6,7 @@
 __all__ = ['shadow', 'check_answers']
 
 # %% ../nbs/09_answers.ipynb #34c0e886
-import copy, time
+import copy, itertools, math, time
 import torch
 from torch.utils import _pytree as pytree
 from fastai.callback.core import Callback
@@ -15,7 +15,7 @@ from .backends.base import Table
 from .draws import global_sources
 from .errors import VerificationError
 from .example import fresh_loader, plain, preserved, split_batch, synthetic_items, _has_rows, _names
-from .verify import FP32_TOLERANCE, Verdict, any_in_row, largest_diff, row_error, worst_rows
+from .verify import FP32_TOLERANCE, Verdict, any_in_row, room, row_error, row_max, worst_rows
 
 # %% ../nbs/09_answers.ipynb #c2a086d6
 _SILENT = ('wandb', 'tensorboard', 'comet', 'neptune', 'azureml', 'captum', 'tracker', 'progress', 'schedule', 'fp16',
@@ -28,12 +28,15 @@ def _matters(cb):
     if type(cb).__name__ == 'Recorder': return False
     return type(cb).__name__ == 'CastToTensor' or any(hasattr(cb, e) for e in _MATTER)
 
-def _own_copy(cb):
-    "A callback with containers of its own: what it appends to is not the user's"
-    res = copy.copy(cb)
-    for k, v in vars(cb).items():
-        if isinstance(v, (list, dict, set, L)): vars(res)[k] = copy.copy(v)
-    return res
+def _own_copies(learn):
+    "(the callbacks that matter, with all that they hold of their own, {name: why} of those that cannot be copied)"
+    res, lost = [], {}
+    for cb in learn.cbs:
+        if not _matters(cb): continue
+        shared = {id(o): o for o in (learn, learn.model, learn.dls, learn.loss_func, learn.opt, *learn.dls.loaders)}
+        try: res.append(copy.deepcopy(cb, shared))
+        except Exception as e: lost[cb.name] = f'{type(e).__name__}: {e}'
+    return res, lost
 
 def shadow(
     learn, # Learner; not changed
@@ -43,15 +46,18 @@ def shadow(
     res = copy.copy(learn)
     for cb in learn.cbs: vars(res).pop(cb.name, None)
     res.cbs, res.opt, res.model, res.create_mbar, res.logger = L(), None, model, False, lambda *a, **k: None
-    for cb in learn.cbs:
-        if _matters(cb): res.add_cb(_own_copy(cb))
+    for cb in _own_copies(learn)[0]: res.add_cb(cb)
     res._end_cleanup()
     return res
 
 class _GateScores(Callback):
     "Accumulates metrics over a run of `get_preds`; one that raises is left out, by name"
     order = 60
-    def __init__(self, metrics): self.metrics, self.failed = [copy.deepcopy(m) for m in metrics], {}
+    def __init__(self, metrics):
+        self.metrics, self.failed = [], {}
+        for m in metrics:
+            try: self.metrics.append(copy.deepcopy(m))
+            except Exception as e: self.failed[m.name] = f'it cannot be copied, {type(e).__name__}: {e}'
     def before_validate(self):
         for m in self.metrics: self._try(m, m.reset)
     def after_batch(self):
@@ -69,38 +75,52 @@ class _GateScores(Callback):
         return res
 
 # %% ../nbs/09_answers.ipynb #89f2fea1
+def _of_rows(d, t):
+    "Numbers of rows, so that they meet the rows of `t`"
+    return d.view(-1, *[1]*(t.ndim-1))
+
 def _undecided(pred, dec, diff):
-    "Where a decision could go either way within `diff`: True for each element of `dec`"
+    "Where a decision could go either way within `diff` of its row: True for each element of `dec`"
     if dec.shape == pred.shape: return torch.ones_like(dec, dtype=torch.bool) if dec.is_floating_point() else None
     for axis in range(pred.ndim-1, 0, -1):
         if pred.shape[:axis]+pred.shape[axis+1:] == dec.shape and pred.shape[axis] > 1:
             top = pred.double().topk(2, dim=axis).values
-            return (top.select(axis, 0)-top.select(axis, 1)) <= 2*diff + 1e-12
+            return (top.select(axis, 0)-top.select(axis, 1)) <= 2*_of_rows(diff, dec) + 1e-12
     return None
 
-def _compare_answers(before, after, rows, decode, limit):
+def _share(shares, i, a):
+    "What the numbers gate allowed output `i`, ten times, as a share of the size of what is around"
+    mine = [s for s in shares if s is not None]
+    if i < len(shares) and shares[i] is not None and shares[i].shape == a.shape[1:]: mine = shares[i]
+    elif mine: mine = torch.stack([s.max() for s in mine]).max()
+    else: return FP32_TOLERANCE
+    return (10*mine).clamp(min=FP32_TOLERANCE)
+
+def _compare_answers(before, after, rows, decode, limit, shares):
     "Rows whose decoded answer differs, and of these the ones that may. Raises `VerificationError`"
     (p0, d0), (p1, d1) = before, after
     flipped = set()
-    for a, b, da, db in zip(*[pytree.tree_leaves(t) for t in (p0, p1, d0, d1)]):
+    for i, (a, b, da, db) in enumerate(zip(*[pytree.tree_leaves(t) for t in (p0, p1, d0, d1)])):
         if a.shape != b.shape: raise VerificationError(f'get_preds gives {list(b.shape)} instead of {list(a.shape)}')
         odd = ~(a.isfinite() & b.isfinite())
         if (other := odd & (a != b) & ~(a.isnan() & b.isnan())).any():
             raise VerificationError(f'get_preds gives NaN or inf where eager does not, or not where eager does: '
                                     f'{worst_rows(any_in_row(other).double(), rows)}')
         a, b = a.masked_fill(odd, 0), b.masked_fill(odd, 0)
-        diff = largest_diff(a, b)
-        allowed = max(limit, FP32_TOLERANCE*a.double().abs().max().item()) if a.numel() else 0.
-        if diff > allowed:
-            raise VerificationError(f'get_preds is off by {diff:.3g}, allowed is {allowed:.3g}; '
-                                    f'worst: {worst_rows(row_error(a, b, True), rows)}')
+        if not a.numel(): continue
+        err, allowed = (a.double()-b.double()).abs(), room(a, _share(shares, i, a), limit).expand_as(a)
+        diff = row_max(err)
+        if (bad := err > allowed).any():
+            near = (err/allowed).argmax()
+            raise VerificationError(f'get_preds is off by {err.flatten()[near]:.3g}, allowed is {allowed.flatten()[near]:.3g} '
+                                    f'there; worst: {worst_rows(row_max(err*bad), rows)}')
         bad = (da != db) & ~((da != da) & (db != db)) # NaN is not itself
         if not bad.any(): continue
         # A regression decodes to its own numbers, and those are in `diff`
         if da.is_floating_point() and da.shape == a.shape:
-            err = row_error(da.masked_fill(odd, 0), db.masked_fill(odd, 0), True)
-            if err.max() > allowed:
-                raise VerificationError(f'the decoded answers differ; worst: {worst_rows(err, rows)}')
+            err = (da.double()-db.double()).abs().masked_fill(odd, 0)
+            if (err > allowed).any():
+                raise VerificationError(f'the decoded answers differ; worst: {worst_rows(row_max(err), rows)}')
             continue
         def near_within(d, a=a, da=da):
             near = _undecided(a, da, d)
@@ -110,27 +130,39 @@ def _compare_answers(before, after, rows, decode, limit):
         if wrong.any():
             w = any_in_row(wrong)
             raise VerificationError(f"{int(w.sum())} of {len(w)} decoded answers differ though eager's margin is above "
-                                    f'the difference of {diff:.3g}; {worst_rows(w.double(), rows)}')
+                                    f'the difference of {diff[w].max():.3g}; {worst_rows(w.double(), rows)}')
         # A tolerance of the user's own may let larger differences pass; the metrics are not excused by those
-        noise = bad & near_within(min(diff, FP32_TOLERANCE*a.double().abs().max().item()))
+        noise = bad & near_within(torch.minimum(diff, row_max(room(a, FP32_TOLERANCE).expand_as(a))))
         flipped |= set(any_in_row(noise).nonzero().flatten().tolist())
     return len(flipped)
 
 def _flips(decode, pred, diff, dec):
-    "For thresholds: where the decision changes when eager's own output moves by `diff`"
-    try: up, down = decode(pred+2*diff), decode(pred-2*diff)
+    "For thresholds: where the decision changes when eager's own output moves by `diff` of its row"
+    move = 2*_of_rows(diff, pred).to(pred.dtype)
+    try: up, down = decode(pred+move), decode(pred-move)
     except Exception: return torch.zeros_like(dec, dtype=torch.bool)
     return (up != down) if up.shape == dec.shape else torch.zeros_like(dec, dtype=torch.bool)
 
 # %% ../nbs/09_answers.ipynb #7dedde8d
 _MAX_PRED_BYTES = 2**28
 
+class _Head:
+    "The first batches of a loader that cannot be told which rows to take"
+    def __init__(self, dl, limit):
+        self.dl, bs = dl, getattr(dl, 'batch_size', None) or getattr(dl, 'bs', None) or 1
+        self.n = max(1, -(-limit//bs))
+    def __iter__(self): return itertools.islice(iter(self.dl), self.n)
+    def __len__(self): return min(self.n, len(self.dl))
+    def __getattr__(self, k):
+        if k == 'dl': raise AttributeError(k)
+        return getattr(self.dl, k)
+
 def _rows_to_check(learn, captured, limit):
     "Evenly spaced rows of the validation set: loader, indices, names"
     dls = learn.dls.loaders
     if len(dls) < 2 or not _has_rows(dls[1]): return None, [], []
     dl = dls[1]
-    if not hasattr(dl, 'get_idxs') or dl.n is None: return dl, None, None
+    if not hasattr(dl, 'get_idxs') or dl.n is None: return _Head(dl, limit), None, None
     per_row = sum(4*max(1, int(torch.tensor([d or 1 for d in o.shape[1:]]).prod())) for o in captured.outputs)
     n = min(limit, dl.n, max(2, _MAX_PRED_BYTES//max(1, per_row)))
     names, order = _names(dl, dl.n), list(fresh_loader(dl).get_idxs())
@@ -150,21 +182,24 @@ def check_answers(
     model,    # `CompiledModel` that won
     max_metric_change=0., # How far a metric may move
     verify_rows=2000,     # At most so many rows
-    limit=0.,             # Largest difference of a prediction; at least 1e-4 times the largest prediction is allowed
+    limit=0.,             # Largest difference of a prediction that is allowed everywhere
     items=None,           # Items, where the learner has no data
+    shares=(),            # Of each output, what the numbers gate allowed as a share of its size; ten times that, at least 1e-4
 )->Verdict:
     "Compare answers and metrics of eager and `model` on the same rows. Raises `VerificationError`"
     start, table, notes = time.perf_counter(), Table(), []
     with preserved(learn):
         dl, _, rows = _rows_to_check(learn, captured, verify_rows)
-        if dl is not None: _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, table, notes)
+        for name, why in _own_copies(learn)[1].items():
+            notes.append(f'callback {name} is left out where answers are compared: what it holds cannot be copied ({why})')
+        if dl is not None: _check_rows(learn, captured, model, dl, rows, max_metric_change, (limit, shares), table, notes)
         else: notes.append('no validation data, so not enough data: answers were compared on made-up or given items only. '
                            'A change of the answers to other items, and any change of a metric, could have been missed')
-        _check_predict(learn, captured, model, items, table, notes, limit)
+        _check_predict(learn, captured, model, items, table, notes, (limit, shares))
     return Verdict(True, table, 0., notes, time.perf_counter()-start)
 
 # %% ../nbs/09_answers.ipynb #2fc47025
-def _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, table, notes):
+def _check_rows(learn, captured, model, dl, rows, max_metric_change, allow, table, notes):
     "Answers and metrics of eager and `model` on the rows of `dl`"
     decode = lambda p: getattr(learn.loss_func, 'decodes', lambda x: x)(p)
     try: before, m0, failed = _run(learn, captured.eager, dl, learn.metrics)
@@ -172,22 +207,22 @@ def _check_rows(learn, captured, model, dl, rows, max_metric_change, limit, tabl
         why = str(e).splitlines()[0] if str(e) else ''
         notes.append('get_preds and metrics are not compared: get_preds fails before compilation too '
                      f'({type(e).__name__}: {why})')
-        n = _check_outputs(learn, captured, model, dl, limit)
+        n = _check_outputs(learn, captured, model, dl, *allow)
         table.append({'check': 'answers', 'what': f"the model's outputs, {n} validation rows", 'against': 'eager',
-                      'result': 'same', 'allowed': f'{limit:.2g}'})
+                      'result': 'same', 'allowed': 'as above'})
         return
     after, m1, _ = _run(learn, model, dl, learn.metrics)
     n = len(pytree.tree_leaves(before[0])[0])
-    flipped = _compare_answers(before, after, rows or list(range(n)), decode, limit)
+    flipped = _compare_answers(before, after, rows or list(range(n)), decode, *allow)
     table.append({'check': 'answers', 'what': f'get_preds, {n} validation rows', 'against': 'eager',
                   'result': f'{flipped} undecided rows differ', 'allowed': 'only undecided'})
-    for name, why in failed.items(): notes.append(f'metric {name} is left out, it raises before compilation too: {why}')
+    for name, why in failed.items(): notes.append(f'metric {name} is left out, before compilation too: {why}')
     for name, a in m0.items():
-        if a != a:
-            notes.append(f'metric {name} is left out: it is NaN before compilation')
+        if not math.isfinite(a):
+            notes.append(f'metric {name} is left out: it is {"NaN" if a != a else a} before compilation')
             continue
         b = m1.get(name, float('nan'))
-        allowed = max_metric_change + 1e-5*max(1., abs(a)) + flipped/n
+        allowed = max_metric_change + (1e-5 + flipped/n)*max(1., abs(a))
         table.append({'check': 'metric', 'what': name, 'against': f'{a:.6g}', 'result': f'{b:.6g}',
                       'allowed': f'change of {allowed:.2g}'})
         if not abs(b-a) <= allowed:
@@ -202,18 +237,18 @@ def _moved(before, after, rows):
     errs = [row_error(b, a, True) for a, b in zip(*[pytree.tree_leaves(r[0]) for r in (before, after)])]
     return worst_rows(torch.stack([e.nan_to_num() for e in errs]).amax(0), rows) or 'none of them'
 
-def _check_outputs(learn, captured, model, dl, limit):
+def _check_outputs(learn, captured, model, dl, limit, shares):
     "The flat outputs of eager and `model` on every batch of `dl`; for models whose answers fastai cannot gather"
     n = 0
     for b in dl:
         xb = [plain(x) for x in split_batch(learn, b)[0]]
         with torch.no_grad(): pair = [captured.structure.flat(m(*xb)) for m in (captured.eager, model)]
-        for want, got, spec in zip(*pair, captured.outputs):
-            err = row_error(got, want, spec.batched)
-            allowed = max(limit, FP32_TOLERANCE*want.double().abs().max().item())
-            if not (err <= allowed).all():
-                raise VerificationError(f'output {spec.name} is off by {err.max():.3g}, allowed is {allowed:.3g}; '
-                                        f'worst: {worst_rows(err, list(range(n, n+len(err))))}')
+        for i, (want, got, spec) in enumerate(zip(*pair, captured.outputs)):
+            err, allowed = (got.double()-want.double()).abs(), room(want, _share(shares, i, want), limit).expand_as(want)
+            if (ok := err <= allowed).all(): continue
+            worst = row_max((err*~ok).nan_to_num(nan=float('inf')), spec.batched)
+            raise VerificationError(f'output {spec.name} is off by {worst.max():.3g}, allowed is {allowed.max():.3g} at most; '
+                                    f'worst: {worst_rows(worst, list(range(n, n+len(worst))))}')
         n += len(xb[0])
     return n
 
@@ -231,7 +266,7 @@ def _predict_items(learn, items, n=2):
         return [raw.iloc[i] if hasattr(raw, 'iloc') else raw[i] for i in range(min(n, len(raw)))], {}
     return made, kw
 
-def _check_predict(learn, captured, model, items, table, notes, limit):
+def _check_predict(learn, captured, model, items, table, notes, allow):
     its, kw = _predict_items(learn, items)
     if not its: return notes.append('learn.predict is not compared: no single item is at hand')
     try: before = [shadow(learn, captured.eager).predict(o, **kw) for o in its]
@@ -244,7 +279,7 @@ def _check_predict(learn, captured, model, items, table, notes, limit):
         leaves = lambda o: [plain(t)[None] for t in pytree.tree_leaves(o) if isinstance(t, torch.Tensor)]
         ts, ds = [leaves(r[2]) for r in (b, a)], [leaves(r[1]) for r in (b, a)]
         for x, y in zip(*ts): worst = max(worst, (x.double()-y.double()).abs().max().item())
-        flipped = _compare_answers((ts[0], ds[0]), (ts[1], ds[1]), [f'predict item {name}'], lambda p: p, limit)
+        flipped = _compare_answers((ts[0], ds[0]), (ts[1], ds[1]), [f'predict item {name}'], lambda p: p, *allow)
         # A regression's decoded numbers were compared as tensors
         decided = all(not d.is_floating_point() for d in ds[0])
         if decided and not flipped and not hasattr(b[0], 'iloc') and str(b[0]) != str(a[0]):

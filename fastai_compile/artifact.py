@@ -8,7 +8,7 @@ __all__ = ['MAGIC', 'FORMAT', 'make_blob', 'read_blob', 'open_blob', 'pickle_glo
 
 # %% ../nbs/06_artifact.ipynb #ddaa71d7
 import _compat_pickle, contextlib, functools, hashlib, importlib, importlib.metadata, io, json, os, pickletools
-import re, shutil, stat, struct, sys, tempfile, zipfile
+import re, shutil, stat, struct, sys, tempfile, time, zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,20 @@ def _check_definitions(definitions):
         try:
             if module in sys.modules: obj = sys.modules[module]
             else: obj = importlib.import_module(module)
-            for part in name.split('.'): obj = getattr(obj, part)
-        except (ImportError, AttributeError) as e:
-            if module == '__main__':
-                how = f'define `{name}` in your script before loading, or move it to a module and export again'
-            else:
-                how = _mend(module, f'from {module} import {name.split(".")[0]}')
-            raise MissingDefinition(f'the file needs {name!r} from module {module!r}, which is not there ({e}): '
-                                    f'{how}') from e
+            for part in name.split('.') if name else (): obj = getattr(obj, part)
+        except Exception as e: # A module that is imported may raise anything
+            raise MissingDefinition(_missing(module, name, e)) from e
+
+def _missing(module, name, e):
+    "What is missing, why, and what to do"
+    what = f'{name!r} from module {module!r}' if name else f'module {module!r}'
+    if not isinstance(e, (ImportError, AttributeError)):
+        return f'the file needs {what}, and importing it failed ({type(e).__name__}: {e}): mend that module, then load again'
+    lacks = e.name if isinstance(e, ModuleNotFoundError) else None
+    if lacks and not f'{module}.'.startswith(f'{lacks}.'): how = _mend(lacks, f'import {lacks}')
+    elif module == '__main__': how = f'define `{name}` in your script before loading, or move it to a module and export again'
+    else: how = _mend(module, f'from {module} import {name.split(".")[0]}' if name else f'import {module}')
+    return f'the file needs {what}, which is not there ({e}): {how}'
 
 def open_blob(
     blob,   # Bytes of the blob
@@ -161,18 +167,33 @@ def where_from(
 # %% ../nbs/06_artifact.ipynb #51780f8f
 _TMP = '.fastai_compile-tmp'
 
-def _alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True
+def _start(path): "How the names of new files for this one begin; a name may have 255 bytes"; return f'.{path.name[:40]}.'
+
+def _lock(fd):
+    "Lock a file while it is open. False: another holds it. None: there are no locks here"
+    try:
+        import fcntl
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except (ImportError, OSError): return None
     return True
 
-def _sweep(path):
-    "Remove what killed processes left of this file"
-    for p in path.parent.glob(f'.{glob_escape(path.name)}.*{_TMP}'):
-        m = re.search(r'\.(\d+)\.[^.]+' + re.escape(_TMP) + '$', p.name)
-        if m and not _alive(int(m[1])):
-            with contextlib.suppress(OSError): p.unlink()
+def _sweep(path, older_s=3600):
+    "Remove what killed processes left of this file: what nobody holds; without locks, what is old"
+    for p in path.parent.glob(f'{glob_escape(_start(path))}*{_TMP}'):
+        with contextlib.suppress(OSError), open(p, 'r+b') as f:
+            free = _lock(f.fileno())
+            if free or (free is None and time.time()-p.stat().st_mtime > older_s): p.unlink()
+
+def _new_file(path):
+    "(a new file beside `path`, the descriptor that holds its lock or None)"
+    while True:
+        fd, name = tempfile.mkstemp(_TMP, _start(path), path.parent)
+        held = _lock(fd)
+        if held and os.path.exists(name): return Path(name), fd
+        os.close(fd)
+        if held is None: return Path(name), None
+        with contextlib.suppress(OSError): os.unlink(name) # Another process took it for a leftover
 
 def glob_escape(name): "`name` for use in a glob pattern"; return re.sub(r'([*?[])', r'[\1]', name)
 
@@ -184,8 +205,14 @@ def check_target(
     try: path = Path(path)
     except TypeError:
         raise WriteError(f'export with `compile` writes to a path, not to a {type(path).__name__}') from None
-    path = Path(os.path.realpath(path))
-    if path.is_dir() and not replaces_folder: raise WriteError(f'{path} is a folder: give the name of a file in it')
+    try:
+        path = Path(os.path.realpath(path))
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError): mode = stat.S_IFREG
+    except (OSError, ValueError) as e: raise WriteError(f'{str(path)!r} cannot be written: {e}') from e
+    if stat.S_ISDIR(mode) and not replaces_folder: raise WriteError(f'{path} is a folder: give the name of a file in it')
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise WriteError(f'{path} is neither a file nor a folder, but a device, a pipe or a socket: give the name of a file')
     folder = path.parent
     if not folder.is_dir():
         raise WriteError(f'there is no folder {folder}: make it first, `Path({str(folder)!r}).mkdir(parents=True)`')
@@ -216,11 +243,10 @@ def write_whole(
     if free < size + 2**16:
         raise WriteError(f'{path.parent} has {free/1e6:.1f} MB free, {size/1e6:.1f} MB are needed')
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-    tmp = None
+    tmp = lock = None
     try:
-        fd, name = tempfile.mkstemp(_TMP, f'.{path.name}.{os.getpid()}.', path.parent)
-        tmp = Path(name)
-        with os.fdopen(fd, 'wb') as f:
+        tmp, lock = _new_file(path)
+        with open(tmp, 'wb') as f:
             save(f)
             f.flush(); os.fsync(f.fileno())
         if not same(tmp): raise WriteError(f'{path.parent} did not give back what was written: a faulty disk?')
@@ -230,12 +256,23 @@ def write_whole(
         os.replace(tmp, path)
         tmp = None
     except (OSError, RuntimeError) as e:
-        raise WriteError(f'{path} could not be written ({e}); what was there is as it was') from e
+        raise WriteError(f'{path} could not be written ({e}){_stopped(tmp, size)}; what was there is as it was') from e
     finally:
         if tmp is not None:
             with contextlib.suppress(OSError): tmp.unlink()
+        if lock is not None: os.close(lock)
     _sync_folder(path.parent)
     return size
+
+def _stopped(tmp, size):
+    "Where a write stopped short, and how much room there is; '' where it did not"
+    if tmp is None or not tmp.exists() or (done := tmp.stat().st_size) >= size: return ''
+    res = f': it stopped at {done/1e6:.3f} of {size/1e6:.3f} MB, with {shutil.disk_usage(tmp.parent).free/1e6:.1f} MB free'
+    try:
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    except ImportError: return res
+    return res + (f', and no file of this process may pass {limit/1e6:.3f} MB (`ulimit -f`)' if 0 <= limit < size else '')
 
 def _sync_folder(folder):
     with contextlib.suppress(OSError):

@@ -198,7 +198,10 @@ def capture(
     if dynamic_size and not any(x.ndim == 4 for x in example.xb):
         raise ConfigError('dynamic_size=True lets height and width of images vary; no input of this model is 4-d: leave it out')
     start = time.perf_counter()
-    eager = copy_model(model)
+    try: eager = copy_model(model)
+    except Exception as e:
+        raise CaptureError(f'the model cannot be copied ({type(e).__name__}: {e}): what it holds beside weights, such as a lock '
+                           'or an open file, belongs outside of it, or needs a `__deepcopy__`') from e
     form, used, extra, guards = apply_rewrites(copy_model(eager, share=True), rewrites)
     _check_model(form)
     with torch.no_grad():
@@ -229,5 +232,5 @@ def capture(
         raise CaptureError(f'the model fixes the batch of {", ".join(fixed)}: '
                            'no file for other batches can be made of it')
     if (indices := IndexGuard(program)).limits: guards.append(indices)
-    return Captured(program, module, eager, structure, inputs, outputs, example, max(2, max_bs), used, guards,
+    return Captured(program, module, eager, structure, inputs, outputs, example, max_bs, used, guards,
                     time.perf_counter()-start)

@@ -14,12 +14,12 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from .answers import check_answers
 from .apart import compile_apart
-from .backends.base import available_backends, backends, get_backend
+from .backends.base import available_backends, backends, get_backend, probe_of
 from .errors import (BackendError, BackendUnavailable, CompileError, ConfigError, NotTrainable,
                                    VerificationError)
 from .model import CompiledModel
 from .timing import Timing, interleave, is_faster, ratio
-from .verify import Verdict, check_numbers
+from .verify import Verdict, check_numbers, merge
 
 # %% ../nbs/11_choose.ipynb #9d7f95dc
 def _dynamo_backend(fn):
@@ -63,14 +63,14 @@ def choose_candidates(
     if config.backends is not True:
         res = [get_backend(n) for n in config.backends]
         for b in res:
-            p = b.probe(config.device)
+            p = probe_of(b, config.device)
             if p.usable or (p.level and len(res) == 1): continue # One alone can be prepared for another machine
             raise BackendUnavailable(f'{b.name} cannot be used here: {p.reason}. {p.mend}'.strip())
         return res
     res, missing = [], []
     for b in sorted(backends().values(), key=lambda b: b.cost):
         if b.name == 'eager': continue
-        p = b.probe(config.device)
+        p = probe_of(b, config.device)
         if p.usable and (why := getattr(b, 'by_name', '')): table.append(candidate_row(b.name, f'only by name: {why}'))
         elif p.usable: res.append(b)
         else: missing.append(b.name)
@@ -157,8 +157,7 @@ def attempt(
             c.model.runner()
         c.load_s = time.perf_counter()-start
         with stages('gate', backend.name), _adapter(backend.name):
-            c.numbers, *others = [check_numbers(c.model, captured, r, config.tolerance) for r in refs]
-            for v in others: c.numbers.checks.extend(v.checks)
+            c.numbers = merge([check_numbers(c.model, captured, r, config.tolerance) for r in refs])
     except VerificationError as e: c.failed, c.error = f'refused by the gate: {e}', e
     except ConfigError: raise
     except CompileError as e: c.failed, c.error = f'{type(e).__name__}: {e}', e
@@ -228,11 +227,10 @@ def first_that_passes(
             errors.append(c.error)
             continue
         if config.verify == 'numbers': return c, None, captured
-        limit = 10*max((float(r['allowed']) for r in c.numbers.checks), default=0.)
         try:
             with stages('gate', name):
-                verdict = check_answers(learn, captured, c.model, config.max_metric_change, config.verify_rows, limit,
-                                        config.items)
+                verdict = check_answers(learn, captured, c.model, config.max_metric_change, config.verify_rows,
+                                        10*(config.tolerance or 0.), config.items, c.numbers.shares)
                 return c, verdict, captured
         except CompileError as e: # A compiled model may refuse inputs of later rows
             error = e if isinstance(e, VerificationError) else VerificationError(f'{type(e).__name__}: {e}')

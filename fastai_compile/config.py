@@ -6,8 +6,10 @@
 __all__ = ['LEVELS', 'POLICIES', 'CompileConfig', 'nearest', 'check_policy', 'check_level', 'make_config']
 
 # %% ../nbs/01_config.ipynb #ce10aa35
-import difflib
+import difflib, math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 from .errors import ConfigError
 
@@ -39,9 +41,12 @@ def nearest(
     name:str, # What the user wrote
     known,    # The names that exist
 )->str:       # ' Did you mean ...?' or ''
-    "A suggestion for a misspelt name"
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], 1, 0.5)
-    return f' Did you mean {close[0]!r}?' if close else ''
+    "A suggestion for a misspelt name; upper and lower case are the same"
+    names, low = {str(k).lower(): str(k) for k in known}, str(name).lower()
+    close = difflib.get_close_matches(_SHORT.get(low, low), names, 1, 0.5)
+    return f' Did you mean {names[close[0]]!r}?' if close else ''
+
+_SHORT = {'ort': 'onnxruntime'} # What others call it
 
 # %% ../nbs/01_config.ipynb #a050cd57
 LEVELS = ('lowered', 'compiled', 'executed') # How far a target was really taken
@@ -65,6 +70,7 @@ def check_level(
 def _check(cfg):
     def no(name, what): raise ConfigError(f'{name}={getattr(cfg, name)!r}: {what}')
     def whole(v): return isinstance(v, int) and not isinstance(v, bool) and v >= 1
+    def number(v): return isinstance(v, Real) and not isinstance(v, bool) and not math.isnan(v)
     if cfg.device != 'cpu':
         no('device', "tensors go in and come out on the 'cpu'; name the target instead: `compile='inductor:cuda'`, "
            "`'openvino:gpu'`; `available_backends()` lists them")
@@ -76,10 +82,13 @@ def _check(cfg):
         v = getattr(cfg, name)
         if v is not None and not whole(v): no(name, 'must be a whole number, 1 or more')
     if not cfg.bs or not all(whole(b) for b in cfg.bs): no('bs', 'needs whole numbers, 1 or more')
-    if cfg.tolerance is not None and not cfg.tolerance > 0: no('tolerance', 'must be above 0')
-    if not cfg.max_metric_change >= 0: no('max_metric_change', 'must be 0 or more')
-    if not cfg.budget_s >= 0: no('budget_s', 'must be 0 or more seconds')
-    if not isinstance(cfg.isolate, bool): no('isolate', 'choose True or False')
+    v = cfg.tolerance
+    if v is not None and not (number(v) and v > 0): no('tolerance', 'must be a number above 0')
+    for name in ('max_metric_change', 'budget_s'):
+        v = getattr(cfg, name)
+        if not (number(v) and v >= 0): no(name, 'must be a number, 0 or more')
+    for name in ('isolate', 'dynamic_size', 'keep_eager'):
+        if not isinstance(getattr(cfg, name), bool): no(name, 'choose True or False')
     if not isinstance(cfg.options, dict): no('options', 'must be a dict')
     if not all(isinstance(o, str) for o in cfg.allow_fallback):
         no('allow_fallback', 'names the operators that may run elsewhere: strings, as the FallbackError gave them')
@@ -95,8 +104,11 @@ def make_config(
     known = [f.name for f in fields(CompileConfig)]
     for k in kwargs:
         if k not in known:
-            raise ConfigError(f'export has no choice {k!r}.{nearest(k, known)} The choices: {", ".join(known)}.')
+            near = nearest(k, ['compile', *known])
+            raise ConfigError(f'export has no choice {k!r}.{near} The choices: {", ".join(known)}.')
     if isinstance(compile, CompileConfig): kwargs = {**vars(compile), **kwargs}
+    elif 'backends' in kwargs and compile is not True and compile != kwargs['backends']:
+        raise ConfigError(f'compile={compile!r} and backends={kwargs["backends"]!r} differ: leave `backends` out')
     else: kwargs.setdefault('backends', compile)
     b = kwargs['backends']
     if b is not True:
@@ -104,8 +116,7 @@ def make_config(
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) for n in names):
             raise ConfigError(f'compile={b!r}: choose True, the name of a backend, or a list of names')
         kwargs['backends'] = tuple(dict.fromkeys(names))
-    if isinstance(kwargs.get('bs'), int): kwargs['bs'] = (kwargs['bs'],)
-    if 'bs' in kwargs: kwargs['bs'] = tuple(kwargs['bs'])
+    if 'bs' in kwargs: kwargs['bs'] = tuple(kwargs['bs']) if isinstance(kwargs['bs'], Iterable) else (kwargs['bs'],)
     if 'allow_fallback' in kwargs:
         names = kwargs['allow_fallback']
         kwargs['allow_fallback'] = (names,) if not isinstance(names, (list, tuple, set)) else tuple(names)

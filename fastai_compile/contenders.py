@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from fastai.learner import load_learner
-from .backends.base import backends, get_backend
+from .backends.base import backends, get_backend, probe_of
 from .choose import unwrap
 from .config import make_config
 from .errors import CompileError, ConfigError
@@ -102,7 +102,7 @@ def _open(c, items, bs):
 def _attempt(c, learn, items, own, bs, threads, config):
     "Whatever goes wrong with one contender is its result, not the end of the run"
     try:
-        if c.name in backends() and not (p := get_backend(c.name).probe(config.get('device', 'cpu'))).usable:
+        if c.name in backends() and not (p := probe_of(get_backend(c.name), config.get('device', 'cpu'))).usable:
             c.failed = f'not usable here: {p.reason}' + (f' ({p.mend})' if p.mend else '')
             return
         _file(c, learn, own, threads, config)

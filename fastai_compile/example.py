@@ -7,7 +7,7 @@ __all__ = ['preserved', 'plain', 'Example', 'split_batch', 'fresh_loader', 'synt
            'check_repeatable']
 
 # %% ../nbs/02_example.ipynb #a63532ea
-import random
+import os, random
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch
@@ -15,7 +15,7 @@ from fastai.data.load import DataLoader
 from fastai.tabular.core import FillMissing, Normalize, Tabular
 from fastai.text.data import Numericalize
 from fastai.vision.core import PILBase
-from .errors import ExampleError, RandomTransformError
+from .errors import CompileError, ExampleError, RandomTransformError
 
 # %% ../nbs/02_example.ipynb #64de7c73
 _PIPELINES = ('after_item', 'before_batch', 'after_batch')
@@ -103,7 +103,9 @@ def _names(dl, n):
 
 def _from_loader(learn, dl, bs, source, synthetic=False):
     dl = fresh_loader(dl, bs)
-    b = next(iter(dl), None)
+    try: b = next(iter(dl), None)
+    except CompileError: raise
+    except Exception as e: raise ExampleError(f'no batch can be made from {source}: {type(e).__name__}: {e}') from e
     if b is None: return None
     xb, yb = split_batch(learn, b)
     bad = [type(x).__name__ for x in xb if not isinstance(x, torch.Tensor)]
@@ -202,15 +204,15 @@ def _pick(learn, items, bs, synthetic=False):
             if len(learn.dls.loaders) > i and _has_rows(learn.dls.loaders[i]):
                 with _as_valid(learn.dls.loaders[i].dataset): res = _from_loader(learn, learn.dls.loaders[i], bs, name)
                 if res: return res
-        if items is not None: return _from_loader(learn, _test_dl(learn, items, bs), bs, 'items')
+        if items is not None: return _from_loader(learn, _items_loader(learn, items, bs=bs), bs, 'items')
     made, kw = synthetic_items(learn, bs)
     if made is None: raise ExampleError('this learner has no data, and its blocks are unknown: pass a few raw inputs, '
         "`learn.export(path, compile=True, items=[...])`, as you would pass them to `learn.dls.test_dl`")
-    res = _from_loader(learn, _test_dl(learn, made, bs, **kw), bs, 'made-up items', True)
+    res = _from_loader(learn, _items_loader(learn, made, bs=bs, **kw), bs, 'made-up items', True)
     # The learner must say itself how large its images are
     if isinstance(made, list) and isinstance(made[0], np.ndarray):
         other, kw = synthetic_items(learn, bs, size=(192, 160))
-        got = _from_loader(learn, _test_dl(learn, other, bs, **kw), bs, '', True)
+        got = _from_loader(learn, _items_loader(learn, other, bs=bs, **kw), bs, '', True)
         if got.xb[0].shape != res.xb[0].shape:
             raise ExampleError('this learner has no data, and its transforms do not fix the size of an image: '
                                'pass one or two, `learn.export(path, compile=True, items=[...])`, '
@@ -221,10 +223,16 @@ def _as_valid(ds):
     "Rows of the training set, as they would be at validation"
     return ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
 
-def _test_dl(learn, items, bs, **kw):
+def _items_loader(learn, items, n=None, **kw):
+    "`learn.dls.test_dl` on the first `n` items. Raises `ExampleError`"
+    if isinstance(items, (str, bytes, os.PathLike)) or not hasattr(items, '__len__'):
+        raise ExampleError('items must be a list, a table or an array, as `learn.dls.test_dl` takes them, not a '
+                           f'{type(items).__name__}: for one item pass `items=[item]`')
     if not len(items): raise ExampleError('items is empty: pass at least one')
     if isinstance(getattr(learn.dls.loaders[0], 'dataset', None), Tabular): kw = {}
-    return learn.dls.test_dl(items, bs=bs, num_workers=0, **kw)
+    try: return learn.dls.test_dl((items.iloc if hasattr(items, 'iloc') else items)[:n], num_workers=0, **kw)
+    except Exception as e:
+        raise ExampleError(f'`learn.dls.test_dl` cannot take this {type(items).__name__}: {type(e).__name__}: {e}') from e
 
 # %% ../nbs/02_example.ipynb #03ec86c4
 def check_repeatable(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from fastai.learner import Learner
 import torch
-from .backends.base import Table, backends, get_backend
+from .backends.base import Table, backends, get_backend, probe_of
 from .breaks import find_breaks
 from .capture import Captured, capture
 from .choose import unwrap
@@ -107,7 +107,7 @@ def backend_rows(
     rows, placements = [], {}
     for name in names:
         b = backends()[name]
-        p = b.probe(config.device)
+        p = probe_of(b, config.device)
         if not p.usable:
             far = f" It can be prepared here: `compile={name!r}, level={p.level!r}`" if p.level else ''
             rows.append(_row('backend', name, f'cannot run here: {p.reason}', f'{p.mend}{far}'))
@@ -147,7 +147,7 @@ def explain_learner(
         max_bs = config.max_bs or max(64, getattr(dl, 'bs', None) or 64)
         captured: dict = {}
         asked = [backends()[n] for n in names]
-        if every: asked = [b for b in asked if b.probe(config.device).usable and not getattr(b, 'by_name', '')]
+        if every: asked = [b for b in asked if probe_of(b, config.device).usable and not getattr(b, 'by_name', '')]
         for rw in dict.fromkeys(b.rewrites for b in asked):
             try: captured[rw] = capture(model, example, max_bs, rw, config.dynamic_size)
             except CompileError as e: captured[rw] = e

@@ -13,7 +13,7 @@ from pathlib import Path
 import cloudpickle, torch
 from .artifact import check_target
 from .backends.base import Table, backends, cpu_threads, get_backend
-from .box import finish_model, make_reference_row, write_learner
+from .box import compiled_in, finish_model, make_reference_row, write_learner
 from .capture import capture
 from .choose import (Stages, attempt, candidate_row, choose_candidates, first_that_passes, rank,
                                    time_candidates, unwrap)
@@ -26,7 +26,7 @@ from .prepare import is_prepared, prepare, prepared_report, write_open_format
 from .report import Report
 from .summary import candidate_table, facts_of, headline, notes_on, weights_note
 from .timing import busy
-from .verify import make_reference
+from .verify import index_references, make_reference
 
 # %% ../nbs/14_export.ipynb #08709121
 @dataclass
@@ -102,14 +102,16 @@ def _with_dls(learn, dls):
 
 # %% ../nbs/14_export.ipynb #e5df78b9
 def _batch_facts(learn):
-    dl = learn.dls.loaders[min(1, len(learn.dls.loaders)-1)]
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 64
+    "(batch size of validation, rows of its last batch, largest batch size of any loader)"
+    sizes = [getattr(d, 'bs', None) or getattr(d, 'batch_size', None) or 64 for d in learn.dls.loaders]
+    at = min(1, len(sizes)-1)
+    dl, bs = learn.dls.loaders[at], sizes[at]
     n = getattr(dl, 'n', None)
-    return bs, (n % bs or None) if n and _has_rows(dl) else bs//2+1
+    return bs, (n % bs or None) if n and _has_rows(dl) else bs//2+1, max(sizes)
 
 def _pipeline(learn, eager_model, config, backs, table, stages, frozen):
-    bs, remainder = _batch_facts(learn)
-    max_bs = config.max_bs or max(64, bs)
+    bs, remainder, largest = _batch_facts(learn)
+    max_bs = config.max_bs or max(64, largest)
     with stages('example'): example = _example(learn, config, min(bs, max_bs))
     if is_prepared(backs, config):
         winner = prepare(learn, eager_model, config, backs[0], example, max_bs, stages)
@@ -119,8 +121,9 @@ def _pipeline(learn, eager_model, config, backs, table, stages, frozen):
     done, refs, reference = _try_all(learn, eager_model, config, backs, example, remainder, max_bs, table, stages)
     good = [(c, k) for c, k in done if not c.failed]
     if not good:
-        if len(done) == 1: raise done[0][0].error
-        tried = '\n'.join(f'- {c.name}: {c.failed}' for c, _ in done)
+        late = [f"- {r['backend']}: {r['result']}" for r in table if r['result'].startswith('not tried')]
+        if len(done) == 1 and not late: raise done[0][0].error
+        tried = '\n'.join([f'- {c.name}: {c.failed}' for c, _ in done] + late)
         raise VerificationError(f'no candidate passed:\n{tried}') from done[0][0].error
     cands, captured = [c for c, _ in good], good[0][1]
     notes = [why] if (why := busy(cands[0].model.threads or cpu_threads())) else []
@@ -151,24 +154,25 @@ def _try_all(learn, eager_model, config, backs, example, remainder, max_bs, tabl
                 refs, reference = [make_reference(captured, example, remainder)], make_reference_row(learn, captured)
                 if reference is not None:
                     refs.append(make_reference(captured, _row_example(reference['xb']), what='reference row'))
+                refs += index_references(captured, example)
         done.append((attempt(b, captured, config, refs, reference, stages), captured))
     return done, refs, reference
 
 def _example(learn, config, bs):
     has_data = config.items is not None or any(_has_rows(d) for d in learn.dls.loaders)
-    if isinstance(learn.model, CompiledModel) and not has_data: return _own_example(learn, bs)
+    if (own := compiled_in(learn.model)) is not None and not has_data: return _own_example(learn, own.reference, bs)
     check_repeatable(learn, config.items)
     return example_batch(learn, config.items, bs=bs)
 
 def _first(example, n=2):
     return replace(example, xb=tuple(x[:n].contiguous() for x in example.xb), rows=example.rows[:n])
 
-def _own_example(learn, bs):
+def _own_example(learn, reference, bs):
     "The reference row that a compiled learner carries, as an example"
-    if learn.model.reference is None:
+    if reference is None:
         raise ExampleError('this compiled learner carries no reference input: pass `items=[...]`')
     try: return example_batch(learn, bs=bs)
-    except ExampleError: return _row_example([torch.cat([x]*max(2, bs)) for x in learn.model.reference['xb']])
+    except ExampleError: return _row_example([torch.cat([x]*max(2, bs)) for x in reference['xb']])
 
 def _row_example(xb):
     "Made-up inputs as an example"
@@ -179,8 +183,7 @@ def _outcome(learn, config, winner, captured, verdict, timings, tried, table, st
     model = winner.model
     rows = candidate_table(tried, winner, timings, table)
     gate = Table([*winner.numbers.checks, *(verdict.checks if verdict else [])])
-    limit = 10*max((float(r['allowed']) for r in winner.numbers.checks), default=1e-4)
-    finish_model(learn, model, limit, config)
+    finish_model(learn, model, 10*winner.numbers.limit or 1e-4, config)
     notes = notes + notes_on(learn, captured, model, verdict)
     model.facts = facts_of(learn, config, winner, verdict, timings, frozen)
     doubt = '; the machine was busy: see the note' if any('was busy' in n for n in notes) else ''
@@ -198,7 +201,7 @@ def export_learner(
     pickle_protocol=2, # As in stock `export`
 )->Report:
     "Compile, verify and write. When anything fails, the old file and the learner are as they were"
-    suffix = _suffix(config)
+    suffix, given = _suffix(config), Path(path)
     path = check_target(path, replaces_folder=bool(suffix))
     if (suffix or path.suffix) != path.suffix:
         name = config.backends[0]
@@ -210,7 +213,7 @@ def export_learner(
     else: size = _write(learn, out, path, pickle_module, pickle_protocol)
     out.report.stages['pack'] = time.perf_counter()-start
     out.report.path, out.report.size_mb = str(path), size/1e6
-    out.report.pinned = _pinned(path, out.report.backend, config, out.model)
+    out.report.pinned = _pinned(_named(given, learn), out.report.backend, config, out.model)
     return out.report
 
 def _suffix(config):
@@ -229,6 +232,11 @@ def _hand_over(out, path):
 def _write(learn, out, path, pickle_module, pickle_protocol):
     with _with_dls(learn, out.dls): return write_learner(learn, out.model, out.facts, path, pickle_module, pickle_protocol)
 
+def _named(path, learn):
+    "The file as `learn.export` takes it: below the learner's own folder without that"
+    folder = Path(learn.path)
+    return path.relative_to(folder) if Path(path).is_relative_to(folder) else path
+
 def _pinned(path, backend, config, model):
     "The call that makes this choice again"
     res = {'compile': backend, 'max_bs': model.max_bs}
@@ -236,5 +244,5 @@ def _pinned(path, backend, config, model):
         v, told = getattr(config, f.name), f.name in ('backends', 'max_bs', 'items', 'budget_s', 'options')
         if not told and v != getattr(CompileConfig(), f.name): res[f.name] = v
     if options := model.payload.choices.get('options'): res['options'] = options
-    args = [repr(path.name), *[f'{k}={v!r}' for k, v in res.items()], *(['items=items'] if config.items is not None else [])]
+    args = [repr(str(path)), *[f'{k}={v!r}' for k, v in res.items()], *(['items=items'] if config.items is not None else [])]
     return f'learn.export({", ".join(args)})'

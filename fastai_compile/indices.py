@@ -47,6 +47,10 @@ def _inside(x, lo, hi):
             if v < l or v > h: return False
     return True
 
+def _spread(size, n):
+    "`n` indices below `size`: all in turn, or evenly spaced ones with the first and the last"
+    return torch.arange(n) % size if size <= n else torch.linspace(0, size-1, n, dtype=torch.float64).round().long()
+
 class IndexGuard:
     "From inputs to '' or the reason why one holds an index outside of an embedding"
     def __init__(self,
@@ -75,6 +79,24 @@ class IndexGuard:
         for c in range(*cols) if cols else (None,): says.setdefault(c, name.removeprefix('model.').removesuffix('.weight'))
         self.limits[i] = lo, hi, says
         if lo.ndim == 1: self._few[i] = lo.tolist(), hi.tolist()
+
+    @property
+    def by_column(self): return all(hi.ndim for _, hi, _ in self.limits.values())
+
+    def every(self,
+        xs,   # Inputs; what else they hold is kept
+        most, # Rows
+    ):
+        "Inputs of as many rows as look up every index of every embedding; of larger ones, evenly spaced indices"
+        held = [(i, c, int(h)+1) for i, (_, hi, _) in self.limits.items() for c, h in enumerate(hi.flatten())
+                if h < torch.iinfo(hi.dtype).max]
+        whole = {i for i, (_, hi, _) in self.limits.items() if not hi.ndim}
+        n = max(min(most, -(-size//xs[i][0].numel()) if i in whole else size) for i, _, size in held)
+        xs = [x[torch.arange(n) % len(x)] for x in xs]
+        for i, c, size in held:
+            if i in whole: xs[i] = _spread(size, xs[i].numel()).view(xs[i].shape).to(xs[i].dtype)
+            else: xs[i][:, c] = _spread(size, n).view(-1, *[1]*(xs[i].ndim-2)).to(xs[i].dtype)
+        return xs
 
     def __call__(self, xs):
         for i, (lo, hi, says) in self.limits.items():

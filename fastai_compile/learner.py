@@ -6,6 +6,7 @@
 __all__ = ['open_learner']
 
 # %% ../nbs/15_learner.ipynb #5915f4cf
+import os
 import cloudpickle
 from fastcore.basics import patch
 from fastcore.meta import delegates
@@ -13,12 +14,11 @@ import fastai.callback.schedule # noqa: F401 - gives `Learner` its `lr_find`
 from fastai.torch_core import rank_distrib
 from fastai.learner import Learner
 from .artifact import open_artifact
-from .box import to_eager as _to_eager, write_learner
+from .box import compiled_in, to_eager as _to_eager, write_learner
 from .config import make_config
 from .errors import ConfigError
 from .export import export_learner
 from .lean import patch_lean
-from .model import CompiledModel
 
 # %% ../nbs/15_learner.ipynb #e2ba18e1
 _stock_export = getattr(Learner.export, 'stock', Learner.export)
@@ -36,13 +36,15 @@ def export(self:Learner,
     as_it_is = compile is None or compile is False
     if as_it_is:
         if config:
+            make_config(True, **config) # a misspelt name is told as such
             raise ConfigError(f'{", ".join(config)}: these choices belong to a compiled export: add `compile=True`')
-        if not isinstance(self.model, CompiledModel): return _stock_export(self, fname, pickle_module, pickle_protocol)
+        model = compiled_in(self.model)
+        if model is None: return _stock_export(self, fname, pickle_module, pickle_protocol)
     else: choices = make_config(compile, **config)
     if rank_distrib(): return None # as in fastai: one process of a distributed run writes
-    path = fname if hasattr(fname, 'write') else self.path/fname
+    path = self.path/fname if isinstance(fname, (str, os.PathLike)) else fname # `WriteError` says what a path is
     if as_it_is:
-        write_learner(self, self.model, self.model.facts, path, pickle_module, pickle_protocol)
+        write_learner(self, model, model.facts, path, pickle_module, pickle_protocol)
         return None
     return export_learner(self, path, choices, pickle_module, pickle_protocol)
 
@@ -59,7 +61,7 @@ _stock_lr_find = getattr(Learner.lr_find, 'stock', Learner.lr_find)
 @delegates(_stock_lr_find)
 def lr_find(self:Learner, *args, **kwargs):
     "fastai's `lr_find`; on a compiled learner raises `NotTrainable` before it looks at the data"
-    if isinstance(self.model, CompiledModel): self.create_opt()
+    if compiled_in(self.model) is not None: self.create_opt()
     return _stock_lr_find(self, *args, **kwargs)
 
 Learner.lr_find.stock = _stock_lr_find

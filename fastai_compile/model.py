@@ -18,10 +18,18 @@ from .errors import FallbackError, InputError, NotTrainable
 def _weights(n): # odd numbers, so that a change in one place, or a changed order, changes the sum
     return torch.randint(-2**30, 2**30, (n,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))*2 + 1
 
+def _built(module):
+    "Of what layers a model is made, in what order, with which weights and hooks"
+    def of(m):
+        hooks = [*m._forward_hooks.items(), *m._forward_pre_hooks.items()]
+        return [*m._parameters, *m._buffers, *hooks, vars(m).get('forward')]
+    return [(n, m, of(m)) for n, m in module.named_modules()] if module is not None else []
+
 class WeightWatch:
     "Notices weights that change under a compiled model"
     part, every_s, at_most = 2**16, 5e-4, 8 # Numbers in a part; a part is due every `every_s`; parts of one call
     def __init__(self, module):
+        self.module, self.built = module, _built(module)
         owners = [d for m in (module.modules() if module is not None else ()) for d in (m._parameters, m._buffers)]
         slots = [(d, k, t) for d in owners for k, t in d.items() if t is not None and t.numel()]
         self.i, self.counted = 0, [t for *_, t in slots if not t.is_inference()] # an inference tensor has no counter
@@ -42,7 +50,7 @@ class WeightWatch:
     def changed(self, everything=False):
         "True when a change is seen"
         if self._version() != self.version: return True
-        if everything: return any(self._sum(*p) != s for p, s in zip(self.parts, self.sums))
+        if everything: return self.built != _built(self.module) or any(self._sum(*p) != s for p, s in zip(self.parts, self.sums))
         now = time.perf_counter()
         due = min(int((now-self.last)/self.every_s), self.at_most, len(self.parts))
         if not due: return False
@@ -113,7 +121,7 @@ class CompiledModel(nn.Module):
         self.deferred = ''  # Why its answers were not checked where it was made
         self.restore = {}   # What `to_eager` puts back on the learner
         vars(self)['_eager'] = eager
-        self._anchor = nn.Parameter(torch.empty(0), requires_grad=False) if eager is None else None
+        self._anchor = nn.Parameter(torch.empty(0), requires_grad=False) # wrappers and fastai look for a parameter
         self.training = False
         self._reset()
         self._hand_out() # Whoever passed it may change it
@@ -122,8 +130,8 @@ class CompiledModel(nn.Module):
         # A complex tensor may wait for its conjugation: it never fits as it is
         fits = [(None if spec.dtype.is_complex else spec.dtype, spec.shape[1:]) for spec in self.input_specs]
         outs = [(len(spec.shape), spec.dtype, spec.batched) for spec in self.output_specs]
-        vars(self).update(_run=None, _pid=None, _watch=None, _fits=fits, _outs=outs, _all_fit=_all_fit(self.input_specs),
-                          _buckets=self.payload.buckets)
+        vars(self).update(_run=None, _pid=None, _watch=None, _handed=False, _fits=fits, _outs=outs,
+                          _all_fit=_all_fit(self.input_specs), _buckets=self.payload.buckets)
 
     # ---- running
     def runner(self):
@@ -227,14 +235,18 @@ class CompiledModel(nn.Module):
     def _hand_out(self):
         "The PyTorch model, or None. Who asks for it may change its weights: from then on they are watched"
         if self._watch is None: vars(self)['_watch'] = WeightWatch(self._eager)
+        vars(self)['_handed'] = True
         return self._eager
     eager = property(_hand_out)
 
     def _weights(self): return [] if self.eager is None else [*self.eager.parameters(), *self.eager.buffers()]
     def _check_weights(self, everything=False):
-        if self._watch is not None and self._watch.changed(everything):
-            raise NotTrainable('a weight of this compiled model was changed in place, and the compiled code does not '
-                               'see it: call `learn.to_eager()` before changing weights, then export again')
+        if self._watch is None: return
+        everything, vars(self)['_handed'] = everything or self._handed, False
+        if self._watch.changed(everything):
+            vars(self)['_handed'] = True # said again at the next call
+            raise NotTrainable('a weight or a layer of this compiled model was changed in place, and the compiled code '
+                               'does not see it: call `learn.to_eager()` before such changes, then export again')
 
     @property
     def weight(self):
@@ -257,37 +269,42 @@ class CompiledModel(nn.Module):
     # ---- what fastai does with models
     def eval(self): return self
     def train(self, mode=True):
-        if mode: raise _no('train')
+        if mode: raise _no('train', self)
         return self
     def reset(self): "Stock text learners reset their model between batches; a compiled one keeps no state"
     def to(self, *args, **kwargs):
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None and dtype != torch.float32: raise _no(f'to({dtype})')
-        if device is not None and device.type != 'cpu': raise _no(f'to({str(device)!r})')
+        if dtype is not None and dtype != torch.float32: raise _no(f'to({dtype})', self)
+        if device is not None and device.type != 'cpu': raise _no(f'to({str(device)!r})', self)
         return self
     def cpu(self): return self
     def float(self): return self
 
     # ---- copies
+    _OWN = ('_run', '_pid', '_watch', '_handed', '_fits', '_outs', '_all_fit') # of this process
     def __getstate__(self):
         self._check_weights(everything=True)
-        return {k: v for k, v in vars(self).items() if k not in ('_run', '_pid', '_watch', '_fits', '_outs', '_all_fit')}
+        return {k: v for k, v in vars(self).items() if k not in self._OWN}
     def __setstate__(self, state):
         vars(self).update(state)
+        if self._anchor is None: self._anchor = nn.Parameter(torch.empty(0), requires_grad=False) # of an older file
         self._reset()
     def __repr__(self):
         io = f'in: {list(self.input_specs)}, out: {list(self.output_specs)}'
         return f'CompiledModel({self.payload.backend}, batch 1 to {self.max_bs}, {io})'
 
-def _no(what):
+def _no(what, model):
+    if model._eager is None:
+        return NotTrainable(f'{what}: this file was written with `keep_eager=False`: the PyTorch model is not in it, so it '
+                            'predicts and cannot train. Export again without `keep_eager=False`')
     return NotTrainable(f'{what}: a compiled model can neither train nor change its weights, dtype or device. '
                         '`learn.to_eager()` gives the PyTorch model back; afterwards export again')
 
 def _refuse(name):
-    def f(self, *args, **kwargs): raise _no(name)
+    def f(self, *args, **kwargs): raise _no(name, self)
     f.__name__, f.__doc__ = name, f'Raises `NotTrainable`: compiled code cannot {name}'
     return f
 
-for _name in ('half', 'bfloat16', 'double', 'type', 'cuda', 'xpu', 'to_empty', 'requires_grad_', 'load_state_dict',
+for _name in ('half', 'bfloat16', 'double', 'type', 'cuda', 'xpu', 'ipu', 'mtia', 'to_empty', 'requires_grad_', 'load_state_dict',
               'zero_grad', 'apply'):
     setattr(CompiledModel, _name, _refuse(_name))

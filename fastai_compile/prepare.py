@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from .apart import compile_apart
 from .artifact import write_whole
-from .backends.base import Table, get_backend
+from .backends.base import Table, get_backend, probe_of
 from .box import make_reference_row
 from .capture import capture
 from .choose import Candidate, candidate_row, _adapter
@@ -29,7 +29,7 @@ def is_prepared(
     config, # `CompileConfig`
 )->bool:
     "Whether this export is for a target that cannot run here, or for an open format"
-    return len(backs) == 1 and (bool(getattr(backs[0], 'open_format', '')) or not backs[0].probe(config.device).usable)
+    return len(backs) == 1 and (bool(getattr(backs[0], 'open_format', '')) or not probe_of(backs[0], config.device).usable)
 
 def _at_least(level, wanted): return bool(level) and LEVELS.index(level) >= LEVELS.index(wanted)
 
@@ -67,7 +67,7 @@ def prepare(
 )->Candidate:
     """Take the model as far as it goes here. Raises `BackendUnavailable` where that is less than `config.level`,
     `BackendError` where no reference row can be made"""
-    probe = backend.probe(config.device)
+    probe = probe_of(backend, config.device)
     with stages('capture'): captured = capture(model, example, max_bs, backend.rewrites, config.dynamic_size)
     wanted = 'compiled' if getattr(backend, 'checked_by', '') else config.level
     if not _at_least(probe.reaches, wanted): raise _refusal(backend, probe, captured, config)

@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from .answers import shadow
 from .draws import Turn, sources_kept
 from .elsewhere import search_elsewhere
-from .example import fresh_loader, need_valid, preserved, synthetic_items, _has_rows
+from .example import fresh_loader, need_valid, preserved, synthetic_items, _has_rows, _items_loader
 from .named import place_of
 from .probe import Finding, Findings, Step, probe_step, _outcome
 from .random_model import model_inputs, search_model, model_kept
@@ -172,10 +172,9 @@ def _loader(learn, items, n):
         raw, kw = items, {}
         if raw is None and not isinstance(dls[0].dataset, Tabular):
             raw = getattr(dls[0].dataset, 'items', None)
-        if raw is None or not len(raw): raw, kw = synthetic_items(learn, n)
+        if raw is None or (items is None and not len(raw)): raw, kw = synthetic_items(learn, n)
         if raw is None: return None, []
-        if isinstance(dls[0].dataset, Tabular): kw = {}
-        dl = learn.dls.test_dl(raw[:n] if not hasattr(raw, 'iloc') else raw.iloc[:n], num_workers=0, **kw)
+        dl = _items_loader(learn, raw, n, **kw)
     rows = dl.n if isinstance(dl, DataLoader) else len(dl.dataset) if hasattr(dl.dataset, '__len__') else n
     return dl, list(range(n if rows is None else min(n, rows)))
 

@@ -17,12 +17,12 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.vision.all import CrossEntropyLossFlat, Learner, load_learner, nn, noop
 
 from fastai_compile import (BackendError, BackendUnavailable, CaptureError, CompiledModel, ConfigError,
-                            GraphBreakError, InputError, NotTrainable, Report, WriteError, available_backends, choose, export,
-                            inspect_artifact, open_learner, register_backend)
+                            GraphBreakError, InputError, NotTrainable, Report, VerificationError, WriteError,
+                            available_backends, choose, export, inspect_artifact, open_learner, register_backend)
 from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
 from fastai_compile.example import Example
 from fastai_compile.timing import Timing
-from helpers import (Wrapped, assert_close, eager_of, make_learner, needs_backend, only, random_inputs, registered, run,
+from helpers import (Files, Wrapped, assert_close, eager_of, make_learner, needs_backend, only, random_inputs, registered, run,
                      small_cnn, table_learner)
 
 needs_onnx = needs_backend("onnxruntime")
@@ -71,6 +71,7 @@ def test_an_unusable_name_raises(learn, tmp_path):
 
 @pytest.mark.parametrize("choice,says", [
     ("onnxruntim", "'onnxruntim'.*Did you mean 'onnxruntime'"), (["eager", "onxruntime"], "mean 'onnxruntime'"),
+    ("OpenVINO", "Did you mean 'openvino'"), ("ONNXRUNTIME", "Did you mean 'onnxruntime'"), ("ort", "Did you mean 'onnxruntime'"),
     ("tensorrt9000", "Known: .*onnxruntime"), (3, "compile=3"), ([], r"compile=\[\]"), (["eager", 3], "compile="), ("", "''"),
 ], ids=str)
 def test_a_misspelt_name_suggests(choice, says, learn, tmp_path):
@@ -83,6 +84,12 @@ def test_a_misspelt_name_suggests(choice, says, learn, tmp_path):
     ({"verify": False}, "nothing unverified"), ({"verify": "number"}, "Did you mean 'numbers'"), ({"device": "cuda"}, "cpu"),
     ({"options": {"sesion": {}}}, "Did you mean|no option"), ({"bs": 0}, "bs="), ({"threads": "two"}, "threads='two'"),
     ({"max_metric_change": -1}, "max_metric_change"), ({"tolerance": 0}, "tolerance"), ({"budget_s": -1}, "budget_s"),
+    ({"budget_s": "x"}, "budget_s='x': must be"), ({"tolerance": "a"}, "tolerance='a': must be"),
+    ({"max_metric_change": None}, "max_metric_change=None: must be"), ({"tolerance": float("nan")}, "tolerance=nan"),
+    ({"tolerance": True}, "tolerance=True"), ({"bs": None}, "bs=.*whole numbers"), ({"bs": 2.5}, "bs=.*whole numbers"),
+    ({"bs": "8"}, "bs=.*whole numbers"), ({"keep_eager": "no"}, "keep_eager='no': choose True or False"),
+    ({"dynamic_size": "yes"}, "dynamic_size='yes': choose True or False"), ({"isolate": 1}, "isolate=1"),
+    ({"backends": "onnxruntime"}, "compile='eager' and backends='onnxruntime'"), ({"complie": True}, "Did you mean 'compile'"),
 ], ids=str)
 def test_a_wrong_choice_is_named(choice, says, learn, tmp_path):
     with pytest.raises(ConfigError, match=says): learn.export(tmp_path / "x.pkl", compile="eager", **choice)
@@ -92,6 +99,17 @@ def test_a_wrong_choice_is_named(choice, says, learn, tmp_path):
 def test_choices_without_compile(learn, tmp_path):
     with pytest.raises(ConfigError, match="add `compile=True`"): learn.export(tmp_path / "x.pkl", max_bs=8)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelt_compile_is_named(learn, tmp_path):
+    "Not taken for a choice that lacks `compile=True`"
+    says = "no choice 'complie'. Did you mean 'compile'"
+    with pytest.raises(ConfigError, match=says): learn.export(tmp_path / "x.pkl", complie=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_way_to_name_the_backends_is_enough(learn, tmp_path):
+    for compile in (True, "eager"): assert learn.export(tmp_path / "x.pkl", compile=compile, backends="eager").backend == "eager"
 
 
 def test_positional_use_stays(learn, tmp_path):
@@ -193,9 +211,31 @@ def test_eager_is_not_taken_behind_the_back(learn, tmp_path):
 @needs_onnx
 def test_the_pinned_call_repeats_the_choice(learn, tmp_path):
     with only("eager", "onnxruntime"): report = learn.export(tmp_path / "x.pkl", compile=True, max_bs=32)
-    assert report.pinned.startswith("learn.export('x.pkl', compile=") and "max_bs=32" in report.pinned
-    again = eval(report.pinned.replace("'x.pkl'", repr(str(tmp_path / "y.pkl"))), {"learn": learn})
+    assert report.pinned.startswith(f"learn.export({str(tmp_path / 'x.pkl')!r}, compile=") and "max_bs=32" in report.pinned
+    again = eval(report.pinned.replace("x.pkl", "y.pkl"), {"learn": learn})
     assert again.backend == report.backend and inspect_artifact(tmp_path / "y.pkl")["batch"] == [1, 32]
+
+
+@needs_onnx
+def test_the_pinned_call_keeps_the_options_of_the_backend(learn, tmp_path):
+    options = {"session": {"graph_optimization_level": "basic"}}
+    report = learn.export(tmp_path / "x.pkl", compile="onnxruntime", options=options, threads=1, freeze="valid", bs=[1, 8])
+    assert "graph_optimization_level" in report.pinned
+    pinned = report.pinned.replace("x.pkl", "y.pkl")
+    again = eval(pinned, {"learn": learn})
+    assert again.pinned == pinned
+    config = open_learner(again.path).model.config
+    assert (config.options, config.threads, config.freeze, config.bs) == (options, 1, "valid", (1, 8))
+
+
+def test_a_refused_export_leaves_the_old_file(learn, tmp_path):
+    "Whatever stood there, and nothing beside it"
+    class Wrong(Wrapped):
+        def around(self, run, xs): return [t + 1 for t in run(xs)]
+    (tmp_path / "x.pkl").write_bytes(b"what was there")
+    before = Files.of(tmp_path)
+    with registered(Wrong()), pytest.raises(VerificationError): learn.export(tmp_path / "x.pkl", compile="wrong")
+    assert Files.of(tmp_path) == before
 
 
 def test_the_report(learn, tmp_path):
@@ -456,7 +496,9 @@ def test_half_a_backend_is_refused():
     (lambda d: d / "file" / "x.pkl", "folder"), (lambda d: io.BytesIO(), "path, not to a BytesIO"),
     (lambda d: open(d / "opened.pkl", "wb"), "path, not to a BufferedWriter"),
     (lambda d: Path("/proc/x.pkl"), "/proc"), (lambda d: str(d / "none" / "x.pkl"), "no folder"),
-], ids=["folder", "missing folder", "under a file", "BytesIO", "open file", "proc", "text"])
+    (lambda d: str(d / "a\0b.pkl"), "null"), (lambda d: d / ("a" * 252 + ".pkl"), "too long"),
+    (lambda d: None, "not to a NoneType"), (lambda d: b"x.pkl", "not to a bytes"),
+], ids=["folder", "missing folder", "under a file", "BytesIO", "open file", "proc", "text", "NUL", "long", "None", "bytes"])
 def test_bad_paths(make, says, learn, tmp_path):
     (tmp_path / "file").write_text("stays")
     path, before = make(tmp_path), sorted(p.name for p in tmp_path.iterdir())

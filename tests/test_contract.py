@@ -353,6 +353,39 @@ def test_the_quota_of_a_container_caps_the_threads(files, cpus, tmp_path, monkey
     assert cpu_threads() == (min(usual, int(cpus)) if cpus else usual) and cpu_threads(7) == 7
 
 
+V1 = {"cpu.cfs_quota_us": "400000", "cpu.cfs_period_us": "100000"}
+
+
+def _below(folder, files): return {f"{folder}/{k}": v for k, v in files.items()}
+
+
+@pytest.mark.parametrize("own, files, cpus", [
+    ("0::/pod/app", {"pod/app/cpu.max": "150000 100000"}, 1.5),
+    ("0::/pod/app", {"pod/cpu.max": "100000 100000", "pod/app/cpu.max": "300000 100000"}, 1),  # a stricter parent
+    ("0::/pod/app", {"pod/cpu.max": "300000 100000", "pod/app/cpu.max": "max 100000"}, 3),
+    ("0::/pod/app", {"cpu.max": "200000 100000"}, 2),  # only the root is to be seen, as in a container
+    ("0::/pod/app", {"other/cpu.max": "100000 100000"}, None), ("0::/../../pod", {"cpu.max": "200000 100000"}, 2),
+    ("5:memory:/m\n4:cpu,cpuacct:/pod/app\n0::/", _below("cpu/pod/app", V1), 4),
+    ("4:cpuacct,cpu:/pod/app", {**_below("cpu/pod/app", V1), **_below("cpu/pod", {**V1, "cpu.cfs_quota_us": "250000"})}, 2.5),
+    ("4:cpu:/pod/app", _below("cpu/pod/app", {**V1, "cpu.cfs_quota_us": "-1"}), None),
+    ("4:cpu,cpuacct:/pod", _below("cpu,cpuacct/pod", V1), 4), ("4:cpuset:/pod/app", _below("cpu/pod/app", V1), None),
+    ("rubbish", {"cpu.max": "200000 100000"}, 2), (None, {"cpu.max": "200000 100000"}, 2),
+    ("0::/pod", {"pod/cpu.max": "1 0", "cpu.max": "200000 100000"}, 2)])
+def test_the_strictest_quota_of_all_levels_caps_the_threads(own, files, cpus, tmp_path):
+    "As /proc/self/cgroup names the process, cgroup version 2 and 1; `None`: it cannot be read"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(text + "\n")
+    if own is not None: (tmp_path / "own").write_text(own + "\n")
+    assert base._quota(tmp_path, tmp_path / "own") == cpus
+
+
+def test_a_quota_that_cannot_be_read_is_none(tmp_path):
+    (tmp_path / "pod/cpu.max").mkdir(parents=True)
+    (tmp_path / "own").write_bytes(b"0::/pod\n\xff")
+    assert base._quota(tmp_path, tmp_path / "own") is None
+
+
 @each_table
 def test_calls_leave_the_process_as_it_was(case):
     model = copy.deepcopy(case.model)
@@ -453,14 +486,40 @@ def test_edited_weights_are_noticed(case, edit):
 @each_table
 @pytest.mark.parametrize("edit", UNCOUNTED, ids=lambda f: f.__name__[6:])
 def test_edits_behind_the_counters_are_noticed(case, edit):
-    "At once where the model is copied or written, and soon where it runs"
+    "At the next call, and where the model is copied or written"
     model, xs = copy.deepcopy(case.model), case.inputs(3)
     run(model, xs)
     edit(model)
+    for _ in range(2):
+        with pytest.raises(NotTrainable, match="to_eager"): run(model, xs)
     for copied in (pickle.dumps, copy.deepcopy):
         with pytest.raises(NotTrainable, match="to_eager"): copied(model)
+    case.check(xs)
+
+
+@each_table
+def test_a_weight_that_was_kept_and_edited_later_is_noticed_soon(case):
+    model, xs = copy.deepcopy(case.model), case.inputs(3)
+    kept = _first_weight(model)
+    run(model, xs)
+    kept.data.mul_(2)
     with pytest.raises(NotTrainable, match="to_eager"):
         for _ in range(100_000): run(model, xs)
+
+
+def _relayer(m): m.eager.layers[-1] = nn.Sequential(*m.eager.layers[-1])
+def _rehook(m): m.eager.register_forward_hook(lambda m, i, o: o * 2)
+def _reforward(m): m.eager.layers[-1].forward = lambda x: x
+def _reorder(m): m.eager.embeds = nn.ModuleList(reversed(m.eager.embeds)) if len(m.eager.embeds) > 1 else nn.ModuleList()
+
+
+@each_table
+@pytest.mark.parametrize("edit", [_relayer, _rehook, _reforward, _reorder], ids=lambda f: f.__name__)
+def test_layers_that_change_are_noticed(case, edit, tmp_path):
+    model, xs = copy.deepcopy(case.model), case.inputs(3)
+    edit(model)
+    with pytest.raises(NotTrainable, match="layer"): run(model, xs)
+    with pytest.raises(NotTrainable, match="layer"): pickle.dumps(model)
     case.check(xs)
 
 

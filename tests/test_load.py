@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
 import sys
 import types
@@ -269,6 +270,50 @@ def test_missing_module_of_a_copied_function(mine, load, image_folder, tmp_path)
     with pytest.raises(MissingDefinition, match="`import labels_of_mine` works here"): load(tmp_path / "x.pkl")
 
 
+def test_a_module_of_a_copied_function_is_in_the_manifest(mine, image_folder, tmp_path, monkeypatch):
+    "It is missed before anything inside is unpickled"
+    module, gone = mine
+    f = types.FunctionType(_labelled.__code__, {"labels_of_mine": module, "__name__": "__main__"}, "labelled")
+    f.__module__, f.__qualname__ = "__main__", "labelled"
+    _block_learner(image_folder, f).export(tmp_path / "x.pkl", compile="eager")
+    seen = inspect_artifact(tmp_path / "x.pkl")
+    assert ["labels_of_mine", ""] in seen["definitions"] and seen["not_installed"] == ["labels_of_mine"]
+    assert seen["modules"]["labels_of_mine"] == "not an installed package"
+    gone()
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("something inside was unpickled"))
+    with pytest.raises(MissingDefinition, match="`import labels_of_mine` works here"): open_learner(tmp_path / "x.pkl")
+
+
+def test_a_module_that_travels_by_value_is_not_needed(mine, image_folder, tmp_path):
+    module, gone = mine
+    f = types.FunctionType(_labelled.__code__, {"labels_of_mine": module, "__name__": "__main__"}, "labelled")
+    f.__module__, f.__qualname__ = "__main__", "labelled"
+    cloudpickle.register_pickle_by_value(module)
+    try: _block_learner(image_folder, f).export(tmp_path / "x.pkl", compile="eager")
+    finally: cloudpickle.unregister_pickle_by_value(module)
+    gone()
+    assert not inspect_artifact(tmp_path / "x.pkl")["not_installed"] and isinstance(open_learner(tmp_path / "x.pkl"), Learner)
+
+
+@both
+@pytest.mark.parametrize("body,says", [
+    ("def label(p: return 1", "SyntaxError"), ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+    ("1/0", "ZeroDivisionError"), ("import package_of_theirs", "`import package_of_theirs` works here"),
+], ids=["syntax", "raises", "divides", "its own dependency"])
+def test_a_module_that_cannot_be_imported(mine, load, body, says, image_folder, tmp_path):
+    "Whatever the user's module raises is a `MissingDefinition` with the reason"
+    module, gone = mine
+    _block_learner(image_folder, module.label).export(tmp_path / "x.pkl", compile="eager")
+    gone()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "labels_of_mine.py").write_text(body)
+    sys.path.insert(0, str(tmp_path / "broken"))
+    try:
+        with pytest.raises(MissingDefinition, match=says) as e: load(tmp_path / "x.pkl")
+    finally: sys.path.remove(str(tmp_path / "broken"))
+    assert "labels_of_mine" in str(e.value)
+
+
 def _labelled(path): return labels_of_mine.label(path)  # noqa: F821 - a global of the function that is made of it
 
 
@@ -524,6 +569,13 @@ def test_inspecting_tells_what_the_file_is(artifacts):
     assert seen["vocab"] == list(art.learn.dls.vocab) and seen["batch"] == [1, 64]
     assert seen["inputs"][0]["shape"] == ["batch", 3, 32, 32] and seen["inputs"][0]["dtype"] == "float32"
     assert seen["gate"]["numbers"] and seen["gate"]["answers"] and seen["reference"]["input"] == [[1, 3, 32, 32]]
+    out, = seen["outputs"]
+    assert out["shape"] == ["batch", 4] and out["dtype"] == "float32"
+    assert seen["os"] == f"{platform.system()} {platform.machine()}" and set(seen["versions"]) >= {"torch", "fastai", "numpy"}
+    assert set(seen["timings_ms"]) == {"1"} and set(seen["timings_ms"]["1"]) == {"eager", "onnxruntime"}
+    assert all(t > 0 for t in seen["timings_ms"]["1"].values())
+    answer = eager_of(art.learn)(art.open().model.reference["xb"][0])[0].tolist()
+    assert np.allclose(seen["reference"]["output"], [answer], atol=1e-5)
     assert not seen["not_installed"] and "fastai" in seen["modules"]
     assert seen["sha256"] == hashlib.sha256(bytes(_blob_of(art.path))[40:]).hexdigest()
     json.dumps(seen)
@@ -620,6 +672,51 @@ def test_compiling_a_compiled_learner(backend, kind, artifacts, tmp_path):
     assert isinstance(again.to_eager().model, type(art.learn.model))
 
 
+WRAPS = {"DataParallel": nn.DataParallel, "torch.compile": lambda m: torch.compile(m, backend="eager"),
+         "model.compile": lambda m: m.compile(backend="eager") or m,
+         "both": lambda m: torch.compile(nn.DataParallel(m), backend="eager")}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_export_of_a_wrapped_compiled_learner(wrap, table, tmp_path):
+    "`export()` looks through wrappers: the compiled file, whole, and the learner as it was"
+    learn, path, dls = table.open(), tmp_path / "x.pkl", table.learn.dls
+    learn.dls, learn.model = dls, wrap(learn.model)
+    wrapped = learn.model
+    path.write_bytes(b"old")
+    learn.export(path)
+    assert learn.model is wrapped and learn.dls is dls and len(dls.train_ds) and learn.opt is None
+    again = open_learner(path)
+    assert type(again.model) is CompiledModel and not len(again.dls.train_ds)
+    assert torch.equal(preds_of(again, "table", None), preds_of(table.open(), "table", None))
+    assert isinstance(again.to_eager().model, type(table.learn.model))
+    torch._dynamo.reset()
+
+
+def test_a_wrapped_compiled_learner_trains_again(table, tmp_path):
+    "Also after it was compiled again: splitter and optimizer are the user's"
+    learn = table.open()
+    learn.dls, learn.model = table.learn.dls, nn.DataParallel(learn.model)
+    with pytest.raises(NotTrainable): learn.lr_find(show_plot=False)
+    learn.export(tmp_path / "x.pkl", compile="eager")
+    for made in (open_learner(tmp_path / "x.pkl"), learn):
+        made.to_eager()
+        assert type(made.model) is type(table.learn.model) and made.splitter == table.learn.splitter
+        made.dls = table.learn.dls
+        made.fit(1)
+
+
+def test_copies_of_an_opened_learner_give_its_answers(artifacts):
+    art = artifacts("onnxruntime", "table")
+    learn, want = art.open(), preds_of(art.learn, "table", None)
+    for made in (copy.deepcopy(learn), pickle.loads(pickle.dumps(learn)), pickle.loads(cloudpickle.dumps(learn))):
+        assert made is not learn and made.model is not learn.model and type(made.model) is CompiledModel
+        assert_close(preds_of(made, "table", None), want)
+        item = items_of("table", None).iloc[0]
+        assert torch.equal(made.predict(item)[2], learn.predict(item)[2]) and type(made.to_eager().model) is type(art.learn.model)
+    assert type(learn.model) is CompiledModel
+
+
 def test_compiling_again_takes_edited_weights(table, tmp_path):
     learn = table.open()
     with torch.no_grad(): next(p for p in learn.model.parameters() if p.ndim == 2 and p.numel() > 100).mul_(1.5)
@@ -654,6 +751,8 @@ def test_without_the_pytorch_model(backend, artifacts, tmp_path):
         for what in (lambda: learn.to_eager(), lambda: learn.model.state_dict(), lambda: learn.fit(1),
                      lambda: learn.export(tmp_path / "y.pkl", compile="eager"), lambda: learn.save(tmp_path / "z")):
             with pytest.raises(NotTrainable): what()
+        for train in (lambda: learn.fit(1), learn.unfreeze, lambda: learn.lr_find(show_plot=False), learn.to_eager):
+            with pytest.raises(NotTrainable, match="without `keep_eager=False`"): train()
         copied = copy.deepcopy(learn.model)
         assert torch.equal(run(copied, random_inputs(copied, 3)), run(learn.model, random_inputs(copied, 3)))
         learn.export(tmp_path / "again.pkl")

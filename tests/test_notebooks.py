@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("nbdev", reason="nbdev is missing: pip install -e '.[dev]'")
 
+from helpers import LACKS
 from tools.kernels import use_forked_kernels, use_fresh_kernels
 from tools.outputs import ROOT, scrub
 from tools.save import NBS, NotebookError, notebooks, run_notebook
@@ -37,6 +38,7 @@ def test_a_notebook_that_fails_is_told(tmp_path, source, said):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", NOTEBOOKS)
 def test_notebook_runs(path):
+    if path.stem == "41_executorch" and "executorch" in LACKS: pytest.skip(LACKS["executorch"])
     if path.stem == "index": use_fresh_kernels() # what the README shows runs as its reader runs it
     run_notebook(path)
 

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from fastai_compile import ConfigError
-from fastai_compile.backends.base import backends, get_backend
-from helpers import ROOT, fresh
+from fastai_compile import BackendUnavailable, ConfigError, available_backends
+from fastai_compile.backends.base import Probe, Table, backends, get_backend, probe_of
+from fastai_compile.choose import choose_candidates
+from fastai_compile.config import make_config
+from helpers import ROOT, Wrapped, fresh, only, registered
 
 EXAMPLE = ROOT / "examples" / "fastai_compile_channels_last"
 
@@ -74,3 +76,22 @@ answer(dict(rows=rows, errors=errors))
 def test_without_the_package_the_name_is_unknown():
     if "channels_last" in backends(): pytest.skip("fastai_compile_channels_last is installed beside this package")
     with pytest.raises(ConfigError, match="no backend is called 'channels_last'"): get_backend("channels_last")
+
+
+class BadDriver(Wrapped):
+    def probe(self, device): raise RuntimeError("driver\n  broke")
+
+
+def test_a_probe_that_raises_is_named_and_breaks_nothing_else():
+    with registered(BadDriver()) as b:
+        assert probe_of(b, "cpu") == Probe(False, "its probe failed: RuntimeError: driver broke")
+        row = next(r for r in available_backends() if r["backend"] == "baddriver")
+        assert row["usable"] == "no" and row["reason"] == "its probe failed: RuntimeError: driver broke"
+        table = Table()
+        tried = [c.name for c in choose_candidates(make_config(True), table)]
+        assert "baddriver" not in tried and set(tried) == {c.name for c in choose_candidates(make_config(True), Table())}
+        assert any("more" in r["backend"] for r in table)
+        with pytest.raises(BackendUnavailable, match="baddriver cannot be used here: its probe failed: RuntimeError"):
+            choose_candidates(make_config("baddriver"), Table())
+        with only("eager", "baddriver"), pytest.raises(BackendUnavailable, match="driver broke"):
+            choose_candidates(make_config(True), Table())

@@ -15,7 +15,7 @@ import torch
 from fastai.vision.all import nn
 
 from fastai_compile import BackendError, BackendUnavailable, ConfigError, FallbackError, VerificationError
-from fastai_compile.backends import coreml, executorch, onnx_file, openvino
+from fastai_compile.backends import coreml, executorch, inductor, onnx_file, openvino
 from fastai_compile.backends.base import check_placement, get_backend
 from fastai_compile.backends.nan import keep_nan, nan_rows
 from fastai_compile.capture import capture
@@ -291,6 +291,173 @@ def test_openvino_leaves_a_process_that_the_next_signal_ends_and_we_do_not():
     assert done.returncode == -signal.SIGSEGV and len(answers) == 1
 
 
+FORKS = """
+import os, signal, threading, time, torch
+from fastai_compile import CompileError
+from fastai_compile.backends import openvino
+from fastai_compile.backends.base import get_backend
+payload, x, want = torch.load({path!r}, weights_only=False)
+b, stop, calls = get_backend("openvino"), [], [0, 0, 0]
+run = b.load(payload, "cpu", 2)
+def ended(pid, seconds=20):
+    end = time.time() + seconds
+    while time.time() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done: return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "hangs"
+def forked():
+    "A child that loads the model itself, as `CompiledModel` does"
+    pid = os.fork()
+    if pid: return pid
+    torch.set_num_threads(1)
+    try: os._exit(0 if torch.allclose(b.load(payload, "cpu", 1)([x])[0], want, atol=1e-4) else 3)
+    except CompileError as e: print(e, flush=True); os._exit(4)
+    except BaseException as e: print(repr(e), flush=True); os._exit(5)
+def work(k):
+    while not stop:
+        if k < 2: run([x])
+        else: b.load(payload, "cpu", 1)
+        calls[k] += 1
+"""
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    "Code that has loaded a model whose calls take a while, with functions that fork"
+    b, path, x = backend_of("openvino", "executed"), tmp_path_factory.mktemp("forks") / "model", torch.randn(64, 3)
+    if not hasattr(os, "fork"): pytest.skip("this system has no fork")
+    model = nn.Sequential(nn.Linear(3, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 2))
+    cap = captured_of(model, x, max_bs=64)
+    with torch.no_grad(): torch.save((b.compile(cap, make_config("openvino")), x, model(x)), path)
+    return FORKS.format(path=str(path))
+
+
+@pytest.mark.parametrize("kinds", ["call", "call and load"])
+def test_openvino_forked_while_threads_are_inside_hangs_in_no_child(forks, kinds):
+    "OpenVINO keeps locks while it runs, and the child would wait for a thread that it does not have; 4 is a typed error"
+    ends, calls = fresh(forks + f"""
+threads = [threading.Thread(target=work, args=(k,), daemon=True) for k in {[0, 1, 2] if "load" in kinds else [0, 1]}]
+for t in threads: t.start()
+ends = []
+for i in range(12):
+    time.sleep(0.01)
+    ends.append(ended(forked()))
+    if ends[-1] == "hangs": break
+before = list(calls)
+time.sleep(1)
+more = [now - then for now, then in zip(calls, before)]
+stop.append(1)
+for t in threads: t.join(60)
+answer([ends, more])
+""")
+    assert len(ends) == 12 and set(ends) <= {0, 4} and ends.count(0) > 6, ends
+    assert all(calls[:2 if kinds == "call" else 3]), "the parent's threads stand still after a fork"
+
+
+def test_openvino_calls_run_side_by_side(forks):
+    "Each waits inside for the other"
+    assert fresh(forks + """
+both = threading.Barrier(2, timeout=30)
+def inside():
+    with openvino._Fork():
+        both.wait()
+        with openvino._Fork(): run([x])
+threads = [threading.Thread(target=inside) for _ in range(2)]
+for t in threads: t.start()
+for t in threads: t.join(60)
+answer([both.broken, [t.is_alive() for t in threads], len(openvino._Fork.inside), len(openvino._Fork.forking)])
+""") == [False, [False, False], 0, 0]
+
+
+def test_openvino_forked_inside_a_call_does_not_wait_for_itself(forks):
+    "As a signal handler may do; two threads at once, each within a call of its own, a third one goes on calling"
+    res = fresh(forks + """
+third = threading.Thread(target=work, args=(0,), daemon=True)
+third.start()
+both, ends = threading.Barrier(2, timeout=30), []
+def inside():
+    with openvino._Fork():
+        both.wait()
+        pid = forked()
+    ends.append(ended(pid))
+threads = [threading.Thread(target=inside, daemon=True) for _ in range(2)]
+for t in threads: t.start()
+for t in threads: t.join(60)
+stop.append(1)
+third.join(60)
+answer([ends, third.is_alive(), len(openvino._Fork.inside), len(openvino._Fork.forking), ended(forked())])
+""")
+    assert res == [[0, 0], False, 0, 0, 0]
+
+
+def test_openvino_forked_in_the_middle_of_a_long_call_raises_in_the_child(forks):
+    "Where the fork would wait too long: the child gets an error, and does not hang"
+    code = forks + """
+openvino._Fork.wait_s = 0.2
+inside, go_on = threading.Event(), threading.Event()
+def long():
+    with openvino._Fork():
+        inside.set()
+        go_on.wait(60)
+t = threading.Thread(target=long, daemon=True)
+t.start()
+inside.wait(30)
+pid = os.fork()
+if not pid:
+    said = []
+    for f in (lambda: b.load(payload, "cpu", 1), lambda: run([x])):
+        try: f()
+        except CompileError as e: said.append(f'{type(e).__name__}: {e}')
+    answer(said)
+    os._exit(0)
+end = ended(pid)
+go_on.set()
+t.join(30)
+run([x]) # The parent goes on
+answer([end, ended(forked())])
+"""
+    code = "import json\ndef answer(o): print('ANSWER ' + json.dumps(o), flush=True)\n" + code
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    answers = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert done.returncode == 0 and len(answers) == 2, done.stdout + done.stderr[-2000:]
+    said, ends = answers
+    assert len(said) == 2 and all(s.startswith("BackendError: openvino: this process was forked") and "spawn" in s for s in said)
+    assert ends == [0, 0]
+
+
+def test_openvino_forked_while_its_threads_do_not_rest_raises_in_the_child(forks):
+    "After a call OpenVINO's own threads are on their way out for a moment, with locks of their own"
+    code = """
+import torch
+from fastai_compile.backends import openvino
+def seen(wanted, seconds=60):
+    end = time.time() + seconds
+    while openvino._asleep() != wanted and time.time() < end: time.sleep(0.001)
+    return openvino._asleep() == wanted or time.time() < end
+torch.set_num_threads(2)
+many, x2 = [], torch.randn(1500, 1500)
+def multiply():
+    while not many: x2 @ x2
+t = threading.Thread(target=multiply, daemon=True)
+t.start()
+looks = [seen(False)]
+many.append(1)
+t.join(60)
+looks.append(seen(True))
+torch.set_num_threads(1)
+before = ended(forked())
+openvino._asleep, stock = (lambda: False), openvino._asleep
+torn = ended(forked())
+openvino._asleep = stock
+answer([looks, before, torn, ended(forked())])
+"""
+    assert fresh(forks + code) == [[True, True], 0, 4, 0]
+
+
 # ---- ExecuTorch
 
 class MadeKernel(nn.Module):
@@ -459,6 +626,85 @@ def test_inductor_on_a_cpu_leaves_cuda_graphs_out_in_silence_and_we_do_not(net):
     torch._dynamo.reset()
     with pytest.raises(ConfigError, match="CUDA graphs, and nothing on a CPU"):
         backend_of("inductor", "executed").compile(net, make_config("inductor", options={"mode": "reduce-overhead"}))
+
+
+def _left(folder): return sorted(p.name for p in folder.iterdir() if p.name.startswith(inductor._PREFIX))
+
+
+def _stale(path):
+    path.mkdir()
+    (path / "model.so").touch()
+    os.utime(path, (0, 0))
+
+
+def test_inductor_sweeps_what_a_dead_process_of_the_same_number_left(tmp_path, monkeypatch):
+    "In a container every server has the number 1: only a lock that ends with its process tells the dead from the living"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours, other = (tmp_path / f"{inductor._PREFIX}{n}-left" for n in (os.getpid(), 999_999_999))
+    foreign = tmp_path / f"{inductor._PREFIX}apart-left"
+    for folder in (ours, other, foreign): _stale(folder)
+    with inductor._folder() as living:
+        os.utime(living, (0, 0))
+        with inductor._folder() as young: assert _left(tmp_path) == sorted(p.name for p in (living, young, foreign))
+        assert _left(tmp_path) == sorted([living.name, foreign.name])
+    assert _left(tmp_path) == [foreign.name]
+    (tmp_path / f"{inductor._PREFIX}{os.getpid()}-young").mkdir()
+    inductor._sweep()
+    assert f"{inductor._PREFIX}{os.getpid()}-young" in _left(tmp_path), "another process may be about to lock it"
+
+
+HELD = """
+import os, sys, time
+from fastai_compile.backends import inductor
+with inductor._folder() as folder:
+    os.utime(folder, (0, 0))
+    print(folder.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_inductor_sweeps_a_killed_process_and_not_a_living_one(tmp_path, monkeypatch):
+    if sys.platform != "linux": pytest.skip("inductor compiles on Linux only")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", HELD], env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        name = run.stdout.readline().strip()
+        inductor._sweep()
+        assert _left(tmp_path) == [name]
+    finally:
+        run.kill()
+        run.wait(60)
+        run.stdout.close()
+    inductor._sweep()
+    assert _left(tmp_path) == []
+
+
+def test_inductor_compiles_in_a_folder_that_is_swept_after_a_kill(net, tmp_path, monkeypatch):
+    b, seen, stock = backend_of("inductor", "executed"), [], torch._inductor.aoti_compile_and_package
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    def spy(program, package_path, **kwargs):
+        seen.append(Path(package_path).parent)
+        return stock(program, package_path=package_path, **kwargs)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", spy)
+    b.compile(net, make_config("inductor", options={"freezing": False}))
+    assert [p.name.startswith(f"{inductor._PREFIX}{os.getpid()}-") and p.parent == tmp_path for p in seen] == [True]
+    assert _left(tmp_path) == []
+
+
+def test_inductor_without_a_temporary_folder_names_tmpdir(net, monkeypatch):
+    b = backend_of("inductor", "executed")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nonexistent"])
+    with pytest.raises(BackendError, match="(?s)temporary folder, and that failed.*TMPDIR"):
+        b.compile(net, make_config("inductor", options={"freezing": False}))
+
+
+def test_inductor_does_not_blame_the_folder_for_other_errors(net, monkeypatch):
+    def broken(*args, **kwargs): raise OSError("the compiler is gone")
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", broken)
+    with pytest.raises(BackendError, match="could not compile the graph: OSError: the compiler is gone$"):
+        backend_of("inductor", "executed").compile(net, make_config("inductor", options={"freezing": False}))
 
 
 # ---- Core ML

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Probe', 'Placement', 'aten_count', 'check_placement', 'Payload', 'Backend', 'cpu_flags', 'torch_version', 'host',
-           'unmet', 'cpu_threads', 'register_backend', 'backends', 'get_backend', 'Table', 'available_backends',
-           'backend_options', 'torch_threads', 'EagerRunner', 'EagerBackend']
+           'installed', 'distribution', 'unmet', 'cpu_threads', 'register_backend', 'backends', 'get_backend', 'Table',
+           'probe_of', 'available_backends', 'backend_options', 'torch_threads', 'EagerRunner', 'EagerBackend']
 
 # %% ../../nbs/backends/10_base.ipynb #b52fa104
-import importlib.metadata, importlib.util, os, platform
+import importlib.metadata, importlib.util, os, platform, re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,11 +113,33 @@ def host():
     return {'system': platform.system(), 'machine': platform.machine(), 'torch': torch_version(),
             'cpu_flags': cpu_flags(), 'python': '.'.join(platform.python_version_tuple()[:2])}
 
-def _has(package, at_least):
-    try: found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
+def installed(
+    package='onnxruntime', # Folder that several distributions share
+)->tuple:                  # (distribution, version), or ('', '')
+    "Which distribution the files of `package` come from; nothing is imported"
+    try: spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError): return '', ''
+    if spec is None or not spec.submodule_search_locations: return '', ''
+    try: text = (Path(next(iter(spec.submodule_search_locations)))/'capi'/'build_and_package_info.py').read_text()
+    except OSError: return package, ''
+    said = dict(re.findall(r"^(package_name|__version__) = '([^']*)'", text, re.M))
+    return said.get('package_name', package), said.get('__version__', '')
+
+def distribution(
+    package, # Name of a distribution, or of the folder that another one installs
+)->tuple:    # (distribution, version), ('', '') where there is none
+    "The distribution called `package`, or else the one that its files come from"
+    try: return package, importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError: return installed(package)
+
+def _lacks(package, at_least):
+    "What is wrong with the installed `package`, or ''"
     from packaging.version import Version
-    return found if Version(found) >= Version(at_least) else f'only {found}'
+    name, found = distribution(package)
+    if found and Version(found) >= Version(at_least): return ''
+    other = f'{name} ' if name != package else ''
+    here, best = (f'only {other}{found}', name) if found else ('none', package)
+    return f"needs {package} {at_least} or newer, here is {here} (`pip install '{best}>={at_least}'`)"
 
 def unmet(
     needs, # {kind: what the payload was made for}
@@ -129,24 +151,29 @@ def unmet(
         if k == 'cpu_flags':
             if lack := sorted(set(v) - set(here['cpu_flags'])): res.append(f'this CPU lacks {", ".join(lack)}')
         elif k == 'packages':
-            for p, least in v.items():
-                found = _has(p, least)
-                if found is None or found.startswith('only'):
-                    res.append(f"needs {p} {least} or newer, here is {found or 'none'} (`pip install '{p}>={least}'`)")
+            res += [lack for p, least in v.items() if (lack := _lacks(p, least))]
         elif here.get(k) != v: res.append(f'made for {k} {v}, here is {here.get(k)}')
     return res
 
 # %% ../../nbs/backends/10_base.ipynb #bcca9bd6
-def _quota(root=Path('/sys/fs/cgroup')):
-    "CPUs that the cgroup allows, of version 2 or 1, or None"
-    try:
-        limit, period = (root/'cpu.max').read_text().split()[:2]
-        return None if limit == 'max' else int(limit)/int(period)
-    except (OSError, ValueError): pass
-    try:
-        limit, period = [int((root/'cpu'/f'cpu.cfs_{n}_us').read_text()) for n in ('quota', 'period')]
-        return limit/period if limit > 0 else None
-    except (OSError, ValueError): return None
+def _limits(folder):
+    "CPUs that one cgroup allows, of version 2 or 1: [], or one number"
+    for names in (['cpu.max'], ['cpu.cfs_quota_us', 'cpu.cfs_period_us']):
+        try:
+            limit, period = ' '.join((folder/n).read_text() for n in names).split()[:2]
+            if limit not in ('max', '-1'): return [int(limit)/int(period)]
+        except (OSError, ValueError, ZeroDivisionError): pass
+    return []
+
+def _quota(root=Path('/sys/fs/cgroup'), own=Path('/proc/self/cgroup')):
+    "CPUs that the cgroups of this process allow, the least of all levels, or None"
+    try: found = re.findall('^[0-9]+:(.*?):/(.*)$', own.read_text(), re.M)
+    except (OSError, ValueError): found = []
+    folders = {root, root/'cpu'}
+    for kinds, path in found: # Version 2 names no kinds; version 1 has a folder for them, or `cpu` as a link to it
+        if kinds and 'cpu' not in kinds.split(','): continue
+        for at in ([root/kinds/path, root/'cpu'/path] if kinds else [root/path]): folders |= {at, *at.parents}
+    return min((n for f in folders if f.is_relative_to(root) for n in _limits(f)), default=None)
 
 def cpu_threads(
     threads=None, # A number to use as it is
@@ -208,12 +235,20 @@ class Table(list):
         lines = [''.join(cell('td' if i else 'th', c) for c in r) for i, r in enumerate(rows)]
         return '<table>' + ''.join(f'<tr>{l}</tr>' for l in lines) + '</table>'
 
+def probe_of(
+    backend, # An object that keeps the `Backend` protocol
+    device,  # Where the compiled model would run
+)->Probe:
+    "What a backend says of itself. One whose probe raises is not usable, and does not hide the others"
+    try: return backend.probe(device)
+    except Exception as e: return Probe(False, f"its probe failed: {type(e).__name__}: {' '.join(str(e).split())}")
+
 def available_backends(
     device='cpu', # Where the compiled model would run
 )->Table:
     "A table of every backend: usable here or not, why, and the command that mends it"
     rows = Table()
-    probed = [(name, b.cost, b.probe(device)) for name, b in backends().items()]
+    probed = [(name, b.cost, probe_of(b, device)) for name, b in backends().items()]
     for name, _, p in sorted(probed, key=lambda o: (not o[2].usable, o[1])):
         rows.append({'backend': name, 'usable': 'yes' if p.usable else 'no', 'as far as': p.reaches or 'not at all',
                      'reason': p.reason, 'to mend it': p.mend})

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .base import Payload, Placement, Probe, aten_count, backend_options, host, register_backend
-from .inductor import _compiler, _custom, _unpacked, _why
+from .inductor import _compiler, _custom, _folder, _unpacked, _why
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
 from ..config import nearest
@@ -216,7 +216,7 @@ class CudaBackend:
                        choices={'options': choice, 'CUDA graphs': about['graphs'] or 'none'})
 
     def _build(self, program, choice):
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet(), _tf32(choice['precision'] == 'tf32'):
+        with _folder() as folder, torch.no_grad(), quiet(), _tf32(choice['precision'] == 'tf32'):
             ours = {f'aot_inductor.check_{end}bound': False for end in ('lower', 'upper')} # `CompiledModel` checks
             path = torch._inductor.aoti_compile_and_package(program, package_path=f'{folder}/model.pt2',
                                                             inductor_configs={**ours, **choice['settings']})

@@ -6,8 +6,8 @@
 __all__ = ['aten', 'InductorRunner', 'InductorBackend']
 
 # %% ../../nbs/backends/30_inductor.ipynb #bdfb98ce
-import os, re, shlex, shutil, sys, tempfile, time, zipfile
-from contextlib import contextmanager, suppress
+import os, re, shlex, shutil, signal, sys, tempfile, threading, time, zipfile
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 import numpy as np, torch
 from .base import (Payload, Placement, Probe, aten_count, backend_options, cpu_threads, host,
@@ -106,14 +106,28 @@ def _custom(program):
     return dict.fromkeys(sorted(ops), 'a custom operator: its own kernel runs, in Python or C++, and whoever opens the file '
                                       'must have imported the package that registers it')
 
+@contextmanager
+def _ctrl_c_later():
+    "A Ctrl-C waits for the end of the block"
+    if threading.current_thread() is not threading.main_thread() or not callable(old := signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    pressed: list = []
+    signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try: yield
+    finally: signal.signal(signal.SIGINT, old)
+    if pressed: old(*pressed[0])
+
 def _compile(captured, settings, threads):
     "One compile. Raises `BackendError` with the reason"
+    with _ctrl_c_later(): import torch._inductor.compile_fx # registers inductor's operators, which works once in a process
     try:
-        with tempfile.TemporaryDirectory() as folder, torch_threads(threads), torch.no_grad(), quiet():
+        with _folder() as folder, torch_threads(threads), torch.no_grad(), quiet():
             program = captured.program.run_decompositions(_KEEP_NAN) if settings['freezing'] else captured.program
             path = torch._inductor.aoti_compile_and_package(program, package_path=f'{folder}/model.pt2',
                                                             inductor_configs=dict(settings))
             files, operators = _unpack(path)
+    except BackendError: raise
     except Exception as e: raise BackendError(f'inductor could not compile the graph: {_why(e)}') from e
     needs = {k: v for k, v in host().items() if k in ('torch', 'system', 'machine', 'cpu_flags')}
     if (settings.get('cpp.march'), settings.get('cpp.simdlen')) == ('x86-64-v3', 256):
@@ -126,27 +140,47 @@ _PREFIX = 'fastai_compile-'
 _TEMP = ('set TMPDIR to a folder that can be written to and is not mounted noexec; in a container: '
          '`-e TMPDIR=/scratch --tmpfs /scratch:exec`')
 
+@contextmanager
+def _locked(folder):
+    "Lock `folder`, at the longest until this process ends. Raises `OSError` where another process has it"
+    import fcntl # Windows lacks it
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally: os.close(fd)
+
 def _sweep(older_s=60):
-    "Remove the folders of killed processes. Young ones stay: processes of a neighbouring container cannot be seen from here"
+    "Remove the folders of killed processes. Young ones stay: their process may be about to lock them"
     for folder in Path(tempfile.gettempdir()).glob(f'{_PREFIX}*-*'):
-        pid = folder.name[len(_PREFIX):].split('-')[0]
-        with suppress(OSError):
-            gone = pid.isdigit() and not Path(f'/proc/{pid}').exists()
-            if gone and time.time()-folder.stat().st_mtime > older_s: shutil.rmtree(folder)
+        with suppress(OSError, ImportError):
+            ours = folder.name[len(_PREFIX):].split('-')[0].isdigit()
+            if not ours or time.time()-folder.stat().st_mtime < older_s: continue
+            with _locked(folder): shutil.rmtree(folder)
+
+def _no_folder(e):
+    return BackendError(f'a compiled model is made and opened through the temporary folder, and that failed ({e}): {_TEMP}')
+
+@contextmanager
+def _folder():
+    "A new temporary folder, locked, and gone afterwards"
+    try:
+        _sweep()
+        folder = Path(tempfile.mkdtemp(prefix=f'{_PREFIX}{os.getpid()}-'))
+    except OSError as e: raise _no_folder(e) from e
+    with ExitStack() as end:
+        end.callback(shutil.rmtree, folder, ignore_errors=True)
+        with suppress(OSError, ImportError): end.enter_context(_locked(folder)) # Without locks nobody sweeps either
+        yield folder
 
 @contextmanager
 def _unpacked(files):
     "A folder with `files`, gone afterwards"
-    folder = None
     try:
-        _sweep()
-        folder = Path(tempfile.mkdtemp(prefix=f'{_PREFIX}{os.getpid()}-'))
-        for name, data in files.items(): (folder/name).write_bytes(data.numpy().data)
-        yield folder
-    except OSError as e:
-        raise BackendError(f'a compiled model is opened through the temporary folder, and that failed ({e}): {_TEMP}') from e
-    finally:
-        if folder is not None: shutil.rmtree(folder, ignore_errors=True)
+        with _folder() as folder:
+            for name, data in files.items(): (folder/name).write_bytes(data.numpy().data)
+            yield folder
+    except OSError as e: raise _no_folder(e) from e
 
 class InductorRunner:
     "A compiled library as a function of tensors; safe to call from many threads"

@@ -6,9 +6,9 @@
 __all__ = ['to_payload_bytes', 'OnnxRuntimeRunner', 'OnnxRuntimeBackend']
 
 # %% ../../nbs/backends/20_onnxruntime.ipynb #8cf94101
-import importlib.metadata, importlib.util
+import importlib.util
 import numpy as np, torch
-from .base import Payload, Placement, Probe, backend_options, register_backend
+from .base import Payload, Placement, Probe, backend_options, distribution, register_backend
 from ..capture import quiet
 from ..errors import BackendError, FallbackError
 
@@ -91,8 +91,10 @@ class OnnxRuntimeBackend:
     name, rewrites, shapes, cost = 'onnxruntime', (), 'dynamic', 1
     def probe(self, device):
         lacks = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
-        if lacks: return Probe(False, f'not installed: {", ".join(lacks)}', "pip install 'fastai_compile[onnx]'")
-        return Probe(True, ', '.join(f'{p} {importlib.metadata.version(p)}' for p in _PACKAGES))
+        # The extra brings the distribution `onnxruntime`, which must not come beside another one with the same files
+        mend = "pip install 'fastai_compile[onnx]'" if 'onnxruntime' in lacks else f'pip install {" ".join(lacks)}'
+        if lacks: return Probe(False, f'not installed: {", ".join(lacks)}', mend)
+        return Probe(True, ', '.join(' '.join(distribution(p)).strip() for p in _PACKAGES))
 
     def coverage(self, captured, config):
         from torch.onnx._internal.exporter._registration import ONNXRegistry

@@ -6,10 +6,11 @@
 __all__ = ['OpenVinoRunner', 'OpenVinoBackend']
 
 # %% ../../nbs/backends/40_openvino.ipynb #1589d883
-import ctypes, importlib.metadata, importlib.util, json, queue, re, sys, tempfile, threading
-from contextlib import contextmanager
+import ctypes, importlib.metadata, importlib.util, json, os, queue, re, sys, tempfile, threading, time
+from contextlib import ContextDecorator, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from threading import get_ident
 import numpy as np, torch
 from .base import Payload, Placement, Probe, backend_options, register_backend
 from .nan import keep_nan
@@ -41,13 +42,59 @@ class _SignalStack(ctypes.Structure):
 @contextmanager
 def _core():
     "A new `Core`, whose plugins leave this thread's stack for signals as it was"
-    if sys.platform != 'linux':
-        yield _openvino().Core()
-        return
+    if sys.platform != 'linux': yield _openvino().Core(); return
     libc, own = ctypes.CDLL(None), _SignalStack()
     libc.sigaltstack(None, ctypes.byref(own))
     try: yield _openvino().Core()
     finally: libc.sigaltstack(ctypes.byref(own), None)
+
+# %% ../../nbs/backends/40_openvino.ipynb #385f79aa
+class _Fork(ContextDecorator):
+    "A thread is inside OpenVINO, or about to be: forks wait for it"
+    changed, used = threading.Condition(), False # Its lock is reentrant, for a fork in a signal handler
+    inside, forking = dict[int, int](), dict[int, bool]() # {thread: how deep}, {thread that forks: all others are at rest}
+    wait_s, rest_s, torn = 10., .2, False # `torn`: this process was forked when they were not
+    def __enter__(self):
+        if _Fork.torn: raise BackendError('openvino: this process was forked while threads were at work, and could hang here: '
+                                          'start processes with `spawn`, or fork before the model is used')
+        with _Fork.changed:
+            while _Fork.forking and get_ident() not in _Fork.inside: _Fork.changed.wait()
+            _Fork.inside[get_ident()], _Fork.used = _Fork.inside.get(get_ident(), 0) + 1, True
+    def __exit__(self, *_):
+        with _Fork.changed:
+            _Fork.inside[get_ident()] -= 1
+            if not _Fork.inside[get_ident()]: del _Fork.inside[get_ident()]
+            if _Fork.forking: _Fork.changed.notify_all()
+
+def _others(): return _Fork.inside.keys() - _Fork.forking.keys() # A thread that forks inside a call waits for the others only
+def _asleep():
+    "Whether all threads but those of Python sleep; True where the system does not tell"
+    python, busy = {str(t.native_id) for t in threading.enumerate()}, False
+    for task in Path('/proc/self/task').glob('*'):
+        with suppress(OSError): # It has ended
+            busy |= task.name not in python and (task/'stat').read_text().rsplit(')', 1)[1].split()[0] in 'RD'
+    return not busy
+
+def _before():
+    with _Fork.changed:
+        _Fork.forking[get_ident()] = False
+        _Fork.changed.notify_all()
+        _Fork.changed.wait_for(lambda: not _others(), _Fork.wait_s)
+    end = time.monotonic() + _Fork.rest_s # Two looks: one thread may wake another between them
+    while not (rest := not _Fork.used or _asleep() and _asleep()) and time.monotonic() < end: time.sleep(.001)
+    _Fork.forking[get_ident()] = rest
+
+def _in_parent():
+    with _Fork.changed:
+        _Fork.forking.pop(get_ident(), None)
+        _Fork.changed.notify_all()
+
+def _in_child():
+    _Fork.torn = _Fork.torn or bool(_others()) or not _Fork.forking.get(get_ident())
+    _Fork.changed, _Fork.forking = threading.Condition(), {}
+    _Fork.inside = {k: v for k, v in _Fork.inside.items() if k == get_ident()}
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)
 
 # %% ../../nbs/backends/40_openvino.ipynb #cbcdfe47
 @contextmanager
@@ -146,11 +193,12 @@ class OpenVinoRunner:
         self.idle = {n: queue.SimpleQueue() for n in compiled}
     def __call__(self, xs):
         n = None if None in self.compiled else len(xs[0])
-        try: request = self.idle[n].get_nowait()
-        except queue.Empty: request = self.compiled[n].create_infer_request()
-        try: res = request.infer([x.numpy() for x in xs], share_inputs=True, share_outputs=False)
-        except Exception as e:
-            raise BackendError(f'openvino failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
+        with _Fork():
+            try: request = self.idle[n].get_nowait()
+            except queue.Empty: request = self.compiled[n].create_infer_request()
+            try: res = request.infer([x.numpy() for x in xs], share_inputs=True, share_outputs=False)
+            except Exception as e:
+                raise BackendError(f'openvino failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
         outs = [torch.from_numpy(np.ascontiguousarray(res[i])) for i in range(len(self.compiled[n].outputs))]
         self.idle[n].put(request)
         return keep_nan(xs, outs)
@@ -204,6 +252,7 @@ class OpenVinoBackend:
             return Probe(False, f'{version}, but no {_OFFERED[self.device]} of Intel', _DRIVERS[self.device], 'lowered')
         return Probe(True, f'{version}, {found}')
 
+    @_Fork()
     def coverage(self, captured, config):
         try: model, _ = _model(captured)
         except BackendError:
@@ -221,6 +270,7 @@ class OpenVinoBackend:
         lost = [o for o in model.get_ops() if o.get_friendly_name() not in takes]
         return {o.get_friendly_name(): f'{o.get_type_name()}: not taken by the {self.device} plugin' for o in lost}
 
+    @_Fork()
     def compile(self, captured, config):
         opts = backend_options(config, self.name, ('properties', *(['buckets'] if self.shapes == 'static' else [])))
         model, refused = _model(captured)
@@ -235,6 +285,7 @@ class OpenVinoBackend:
                        {'packages': {'openvino': _OLDEST}}, Placement(self.target, level, {'IR': len(model.get_ops())}),
                        choices, buckets=_buckets(opts, captured) if self.shapes == 'static' else ())
 
+    @_Fork()
     def load(self, payload, device, threads):
         with _core() as core: return self._load(core, payload, device, threads)
 
