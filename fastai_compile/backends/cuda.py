@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'no_gpu', 'Cast', 'recast', 'sizes_up_to', 'Sized', 'settings', 'on_cpu', 'CudaRunner', 'CudaBackend']
 
 # %% ../../nbs/backends/31_cuda.ipynb #762cd6c7
-import bisect, copy, importlib.util, json, re, sys, tempfile, threading, zipfile
+import bisect, copy, importlib.util, json, re, sys, threading, zipfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
