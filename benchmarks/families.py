@@ -148,6 +148,13 @@ def run_family(name: str, backends: list, path: Path) -> dict:
     return cells
 
 
+def without_old_runs(data: dict) -> dict:
+    "Without the runs of which no cell is left"
+    used = sorted({c["run"] for c in data["cells"].values()})
+    cells = {k: {**c, "run": used.index(c["run"])} for k, c in data["cells"].items()}
+    return {"runs": [data["runs"][i] for i in used], "cells": cells}
+
+
 # ---- tables
 def load(out: Path = OUT) -> dict:
     "What was measured so far"
@@ -216,7 +223,7 @@ def run_all(args) -> int:
             bad += not cell["result"].startswith(("same", "refused", NOT_RUN))
             data["cells"][f"{name}/{key}"] = {**cell, "run": data["runs"].index(run)}
             print(f"{name:24} {key:28} {cell['result']}  {cell.get('message', '')[:160]}", flush=True)
-        write(args.out, data)
+        write(args.out, without_old_runs(data))
     return min(bad, 1)
 
 

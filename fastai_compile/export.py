@@ -201,7 +201,7 @@ def export_learner(
     pickle_protocol=2, # As in stock `export`
 )->Report:
     "Compile, verify and write. When anything fails, the old file and the learner are as they were"
-    suffix, given = _suffix(config), Path(path)
+    suffix, given = _suffix(config), path
     path = check_target(path, replaces_folder=bool(suffix))
     if (suffix or path.suffix) != path.suffix:
         name = config.backends[0]
@@ -234,8 +234,8 @@ def _write(learn, out, path, pickle_module, pickle_protocol):
 
 def _named(path, learn):
     "The file as `learn.export` takes it: below the learner's own folder without that"
-    folder = Path(learn.path)
-    return path.relative_to(folder) if Path(path).is_relative_to(folder) else path
+    path, folder = Path(path), Path(learn.path)
+    return path.relative_to(folder) if path.is_relative_to(folder) else path
 
 def _pinned(path, backend, config, model):
     "The call that makes this choice again"
