@@ -91,7 +91,7 @@ def _export(learn, name, way, backend, path) -> dict:
         return {"result": result, "message": str(e)[:1000], "export_s": time.perf_counter() - start}
     from fastai_compile import inspect_artifact
     ms = inspect_artifact(file)["timings_ms"]["1"]
-    return {"result": "exported", "file": str(file), "items_given": bool(given), "export_s": time.perf_counter() - start,
+    return {"result": "exported", "file": file.name, "items_given": bool(given), "export_s": time.perf_counter() - start,
             "mb": report.size_mb, "gate_max_diff": report.max_diff, "ms_eager": ms["eager"], "ms_compiled": ms.get(backend)}
 
 
@@ -143,7 +143,7 @@ def run_family(name: str, backends: list, path: Path) -> dict:
         cell = cells.setdefault(key, {"result": f"failed, {error}"})
         if cell["result"] != "exported": continue
         (path / "opened.json").unlink(missing_ok=True)
-        wrong = _run("--open", cell.pop("file"), "--work", path)
+        wrong = _run("--open", path / cell.pop("file"), "--work", path)
         cell.update({"result": f"failed to open, {wrong}"} if wrong else json.loads((path / "opened.json").read_text()))
     return cells
 
