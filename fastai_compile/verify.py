@@ -83,8 +83,8 @@ def size_around(
     res = t.max() if t.numel() else t.new_zeros(())
     for d in range(t.ndim):
         n = t.numel()//max(1, t.shape[d]) # so many numbers lie at one place of this dimension
-        if t.shape[d] < 2 or not n: continue
-        res = torch.minimum(res, t.amax([k for k in range(t.ndim) if k != d], keepdim=True)*10**(6/n) if t.ndim > 1 else res)
+        if t.ndim < 2 or t.shape[d] < 2 or not n: continue
+        res = torch.minimum(res, t.amax([k for k in range(t.ndim) if k != d], keepdim=True)*10**(6/n))
     return res
 
 def room(

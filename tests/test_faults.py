@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,16 +91,22 @@ def test_full_disk(tmp_path):
     assert in_child(_write_with_limit, path, 3_000_000)[0] == "written" and inspect_artifact(path)["name"] == "new"
 
 
-def test_small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+@contextmanager
+def _disk(folder, size):
+    "A disk of its own at `folder`, which holds an old file"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("no right to mount a tmpfs")
     try:
-        write_artifact(disk / "model.pkl", FACTS, b"old")
+        write_artifact(folder / "model.pkl", FACTS, b"old")
+        yield folder
+    finally: subprocess.run(["umount", folder], check=True)
+
+
+def test_small_disk(tmp_path):
+    with _disk(tmp_path / "disk", "2m") as disk:
         with pytest.raises(WriteError, match="MB free"): write_artifact(disk / "model.pkl", FACTS, b"x" * 3 * 10**6)
         assert inspect_artifact(disk / "model.pkl")["name"] == "old" and len(list(disk.iterdir())) == 1
-    finally: subprocess.run(["umount", disk], check=True)
 
 
 def _write_as_nobody(path):
@@ -167,18 +174,12 @@ def test_a_full_file_leaves_the_old_file_of_an_export_and_names_the_limit(small,
 
 
 def test_a_full_disk_leaves_the_old_file_of_an_export(small, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a tmpfs")
-    try:
-        write_artifact(disk / "model.pkl", FACTS, b"old")
+    with _disk(tmp_path / "disk", "128k") as disk:
         before = Files.of(disk)
         (disk / "other").write_bytes(b"x" * 80_000)
         with pytest.raises(WriteError, match="MB free"): small.export(disk / "model.pkl", compile="eager")
         (disk / "other").unlink()
         assert Files.of(disk) == before
-    finally: subprocess.run(["umount", disk], check=True)
 
 
 def test_what_the_disk_gives_back_is_compared(tmp_path, monkeypatch):

@@ -258,13 +258,18 @@ def test_missing_module(mine, name, load, image_folder, tmp_path):
     assert "PYTHONPATH" in str(e.value)
 
 
+def _export_with_copied_function(module, image_folder, path):
+    "A file with a function of the script, which uses `module`"
+    f = types.FunctionType(_labelled.__code__, {"labels_of_mine": module, "__name__": "__main__"}, "labelled")
+    f.__module__, f.__qualname__ = "__main__", "labelled"
+    _block_learner(image_folder, f).export(path, compile="eager")
+
+
 @both
 def test_missing_module_of_a_copied_function(mine, load, image_folder, tmp_path):
     "A function of the script travels in the file; the module that it uses does not"
     module, gone = mine
-    f = types.FunctionType(_labelled.__code__, {"labels_of_mine": module, "__name__": "__main__"}, "labelled")
-    f.__module__, f.__qualname__ = "__main__", "labelled"
-    _block_learner(image_folder, f).export(tmp_path / "x.pkl", compile="eager")
+    _export_with_copied_function(module, image_folder, tmp_path / "x.pkl")
     assert isinstance(load(tmp_path / "x.pkl"), Learner)
     gone()
     with pytest.raises(MissingDefinition, match="`import labels_of_mine` works here"): load(tmp_path / "x.pkl")
@@ -273,9 +278,7 @@ def test_missing_module_of_a_copied_function(mine, load, image_folder, tmp_path)
 def test_a_module_of_a_copied_function_is_in_the_manifest(mine, image_folder, tmp_path, monkeypatch):
     "It is missed before anything inside is unpickled"
     module, gone = mine
-    f = types.FunctionType(_labelled.__code__, {"labels_of_mine": module, "__name__": "__main__"}, "labelled")
-    f.__module__, f.__qualname__ = "__main__", "labelled"
-    _block_learner(image_folder, f).export(tmp_path / "x.pkl", compile="eager")
+    _export_with_copied_function(module, image_folder, tmp_path / "x.pkl")
     seen = inspect_artifact(tmp_path / "x.pkl")
     assert ["labels_of_mine", ""] in seen["definitions"] and seen["not_installed"] == ["labels_of_mine"]
     assert seen["modules"]["labels_of_mine"] == "not an installed package"
