@@ -98,6 +98,17 @@ class IndexGuard:
             else: xs[i][:, c] = _spread(size, n).view(-1, *[1]*(xs[i].ndim-2)).to(xs[i].dtype)
         return xs
 
+    def outside(self, xs):
+        "Inputs with an index that an embedding does not know: for every column the next below and above, the least, the largest"
+        for i, (lo, hi, _) in self.limits.items():
+            for c, (first, last) in enumerate(zip(lo.flatten().tolist(), hi.flatten().tolist())):
+                every = torch.iinfo(hi.dtype)
+                for v in ([-1, every.min] if first == 0 else []) + ([last+1, every.max] if last < every.max else []):
+                    wrong = list(xs)
+                    wrong[i] = xs[i].clone()
+                    (wrong[i][:, c] if hi.ndim else wrong[i]).flatten()[-1] = v
+                    yield wrong
+
     def __call__(self, xs):
         for i, (lo, hi, says) in self.limits.items():
             x, few = xs[i], self._few.get(i)

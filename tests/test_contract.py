@@ -1,6 +1,7 @@
 """What every backend keeps, seen through `CompiledModel`: any batch and layout, typed errors, eager's answers, no faulty file."""
 import copy
 import dataclasses
+import gc
 import importlib
 import io
 import multiprocessing
@@ -9,6 +10,7 @@ import pickle
 import re
 import signal
 import threading
+import weakref
 
 import cloudpickle
 import pytest
@@ -243,6 +245,78 @@ def test_an_index_outside_of_an_embedding_is_a_typed_error(case):
     case.check([edge, conts[:2]])
 
 
+class Mixed(nn.Module):
+    "A table of which one column is an index, and another a number, which may be negative"
+    def __init__(self):
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(4, 3), nn.Linear(4, 2)
+    def forward(self, x): return self.lin(torch.cat([self.emb(x[:, 0]), x[:, 1:].float()], 1))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_only_indices_are_refused_for_their_sign(name):
+    "ONNX Runtime checks what it looks up, where it proved to; a column that is a number keeps its sign"
+    from fastai_compile.capture import capture
+    from fastai_compile.config import make_config
+    from fastai_compile.example import Example
+    net, xs = Mixed(), torch.tensor([[0, -5], [3, 2**40], [1, -2**62], [2, 7]])
+    cap = capture(net, Example((xs,), (), (torch.Tensor,), "here", [0, 1]), 16)
+    payload = get_backend(name).compile(cap, make_config(name))
+    model = CompiledModel(payload, cap.inputs, cap.outputs, cap.structure, cap.max_bs, guards=cap.guards)
+    large = [x % 2**31 if name == "openvino" else x for x in [xs]]
+    if name == "openvino":
+        with pytest.raises(BackendError, match="32 bits.* -4611686018427387904"): model(xs)
+    for _ in range(2): assert_close(run(model, large), run(net, large))
+    for v in (-1, 4, -2**63):
+        bad = xs.clone()
+        bad[1, 0] = v
+        with pytest.raises(InputError, match=f"holds {v} in row 1, column 0"): model(bad)
+    if name == "onnxruntime": assert not model.runner().checks_indices
+
+
+# ---- the short way of a call
+
+def test_the_short_way_is_taken_and_left(artifacts):
+    "Small rows are answered in one step; hooks, another `forward`, a watch and failures take the long way, or are told as there"
+    model = artifacts("onnxruntime", "table").open().model
+    xs = random_inputs(model, 5)
+    want, steps = run(model, xs), []
+    model._check = lambda *a: steps.append(1) or CompiledModel._check(model, *a)
+    assert torch.equal(run(model, xs), want) and not steps and model.runner().checks_indices
+    for register in (model.register_forward_hook, nn.modules.module.register_module_forward_hook):
+        hook = register(lambda m, i, o: o + 1)
+        assert torch.equal(run(model, xs), want + 1)
+        hook.remove()
+    hook = model.register_forward_pre_hook(lambda m, i: (i[0], i[1] * 0))
+    assert torch.equal(run(model, xs), run(model, [xs[0], xs[1] * 0])) and len(steps) == 4
+    hook.remove()
+    model.forward = lambda *xs: "mine"
+    assert model(*xs) == "mine"
+    del model.forward, model._check
+    stock, model._run.run = model._run.run, lambda *args: 1 / 0
+    with pytest.raises(BackendError, match="division"): model(*xs)
+    model._run.run = lambda *args: [o[:-1] for o in stock(*args)]
+    with pytest.raises(InputError, match="returned"): model(*xs)
+    model._run.run = lambda *args: [o.astype("float64") for o in stock(*args)]
+    with pytest.raises(InputError, match="float64"): model(*xs)
+    model._run.run = stock
+    with torch.no_grad(): next(model.parameters()).add_(1)
+    with pytest.raises(NotTrainable): model(*xs)
+
+
+def test_a_model_that_was_called_is_freed_at_once(artifacts):
+    model = copy.deepcopy(artifacts("onnxruntime", "table").open().model)
+    run(model, random_inputs(model, 3))
+    assert model._quick is not None
+    gone, gc_was_on = weakref.ref(model), gc.isenabled()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        if gc_was_on: gc.enable()
+
+
 # ---- layouts
 
 def _layouts(x):
@@ -319,7 +393,9 @@ def test_threads_reach_the_runtime(case, monkeypatch):
         runner = model.runner()
         n = cpu_threads(threads)
         assert seen[-1] == n
-        if session := getattr(runner, "session", None): assert session.get_session_options().intra_op_num_threads == n
+        if session := getattr(runner, "session", None):
+            alone = model.payload.choices["options"].get("one_thread")
+            assert session.get_session_options().intra_op_num_threads == (1 if alone else n)
         if hasattr(runner, "threads"): assert runner.threads == n
 
 

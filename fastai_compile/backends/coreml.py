@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch
 from .base import Payload, Placement, Probe, aten_count, backend_options, register_backend
-from .nan import keep_nan
+from .nan import keep_nan, whole
 from .onnxruntime import to_payload_bytes
 from ..capture import quiet
 from ..config import nearest
@@ -25,9 +25,8 @@ _NUMPY = {torch.int64: np.int32, torch.bool: np.float32, torch.uint8: np.int32} 
 
 def _given(x):
     "What Core ML takes for a tensor: it knows no int64, and a cast would wrap in silence"
-    if x.dtype == torch.int64 and x.numel() and not -2**31 <= x.min() <= x.max() < 2**31:
-        raise BackendError(f'Core ML counts in 32 bits, and an input holds {x.abs().max().item()}')
-    return x.numpy().astype(_NUMPY.get(x.dtype, x.numpy().dtype), copy=False)
+    x, dtype = whole(x, 'Core ML'), _NUMPY.get(x.dtype)
+    return x.astype(dtype or x.dtype, copy=False)
 
 def _why(e): return f'{type(e).__name__}: ' + ' '.join(str(e).split())[:500]
 

@@ -8,12 +8,16 @@ __all__ = ['to_payload_bytes', 'OnnxRuntimeRunner', 'OnnxRuntimeBackend']
 # %% ../../nbs/backends/20_onnxruntime.ipynb #8cf94101
 import importlib.util
 import numpy as np, torch
-from .base import Payload, Placement, Probe, backend_options, distribution, register_backend
+from .base import Payload, Placement, Probe, backend_options, cpu_threads, distribution, register_backend
+from .onnx_small import fold_norms, one_squeeze, refuse_negative
 from ..capture import quiet
-from ..errors import BackendError, FallbackError
+from ..errors import BackendError, ConfigError, FallbackError
+from ..indices import IndexGuard
+from ..timing import interleave, ratio
 
 # %% ../../nbs/backends/20_onnxruntime.ipynb #23775520
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+_SMALL_BYTES = 2**24 # Of weights: a call that reads more takes a millisecond
 _SHARE_BYTES = 1024 # Smaller tensors stay inside the graph, where constant folding can use them
 _CPU = 'CPUExecutionProvider'
 
@@ -73,14 +77,21 @@ def _share_weights(proto, state):
         shared[init.name] = t
     return shared
 
-# %% ../../nbs/backends/20_onnxruntime.ipynb #3e3a3c20
+def _raises(run, xs):
+    try: run(xs)
+    except BackendError: return True
+    return False
+
+# %% ../../nbs/backends/20_onnxruntime.ipynb #1fe561a2
 class OnnxRuntimeRunner:
     "An ONNX Runtime session as a function of tensors; safe to call from many threads"
-    def __init__(self, session, placement, values):
-        self.session, self.placement, self.values = session, placement, values
-        self.names = [i.name for i in session.get_inputs()]
+    def __init__(self, session, placement, values, checks_indices=False):
+        self.session, self.placement, self.values, self.checks_indices = session, placement, values, checks_indices
+        self.names, self.outputs = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+        # Not through its Python method, which looks at names that are ours, and takes a tenth of a small model's time
+        self.run = getattr(session, '_sess', session).run
     def __call__(self, xs):
-        try: res = self.session.run(None, {n: x.numpy() for n, x in zip(self.names, xs)})
+        try: res = self.run(self.outputs, {n: x.numpy() for n, x in zip(self.names, xs)}, None)
         except Exception as e:
             raise BackendError(f'onnxruntime failed on inputs {[tuple(x.shape) for x in xs]}: {e}') from e
         return [torch.from_numpy(o if isinstance(o, np.ndarray) else np.asarray(o)) for o in res]
@@ -106,26 +117,55 @@ class OnnxRuntimeBackend:
         return Placement('onnxruntime on CPU', 'lowered', elsewhere=ops)
 
     def compile(self, captured, config):
-        opts = backend_options(config, self.name, ('session',))
+        opts = backend_options(config, self.name, ('session', 'one_thread'))
+        if (alone := opts.pop('one_thread', 'auto')) not in (True, False, 'auto'):
+            raise ConfigError(f"one_thread={alone!r}: choose True, False or 'auto'")
         try: proto = _convert(captured)
         except Exception as e:
             ops = self.coverage(captured, config).elsewhere
             why = f'no ONNX form for {", ".join(ops)}' if ops else f'{type(e).__name__}: {str(e)[:600]}'
             raise BackendError(f'the conversion to ONNX failed: {why}') from e
+        if small := 0 < sum(w.numel()*w.element_size() for w in captured.module.state_dict().values()) < _SMALL_BYTES:
+            for change in (one_squeeze, fold_norms, refuse_negative): change(proto, captured.guards)
         shared = _share_weights(proto, captured.module.state_dict())
         if proto.ByteSize() >= 2**31:
             raise BackendError('the ONNX graph holds more than 2 GB of constants that are no weights of the model')
         opset = max(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx'))
-        return Payload(self.name, {'model.onnx': to_payload_bytes(proto.SerializeToString())}, shared,
+        payload = Payload(self.name, {'model.onnx': to_payload_bytes(proto.SerializeToString())}, shared,
                        needs={'packages': {'onnxruntime': _oldest(proto)}},
                        placement=Placement('onnxruntime on CPU', 'compiled', {_CPU: len(proto.graph.node)}),
-                       choices={'opset': opset, 'options': opts})
+                          choices={'opset': opset, 'options': opts})
+        if small: self._settle(payload, captured, config, alone)
+        elif alone is True: opts['one_thread'] = True
+        return payload
+
+    def _settle(self, payload, captured, config, alone):
+        "What matters to a small model only, where microseconds count: who checks its indices, and how many threads it takes"
+        n, choices, xs = cpu_threads(config.threads), payload.choices, captured.example.xb
+        run = self.load(payload, 'cpu', n)
+        guards = [g for g in captured.guards if isinstance(g, IndexGuard)]
+        choices['checks_indices'] = bool(guards) and all(_raises(run, wrong) for g in guards for wrong in g.outside(xs))
+        if alone == 'auto':
+            one, alone, seen = self.load(payload, 'cpu', 1), n > 1, []
+            for bs in sorted({1, *config.bs, captured.max_bs}):
+                if not alone: break
+                batch = [x.repeat(-(-bs//len(x)), *[1]*(x.ndim-1))[:bs] for x in xs]
+                t = interleave({1: lambda batch=batch: one(batch), n: lambda batch=batch: run(batch)}, more_s=.2, budget_s=.2)
+                if t[n].median_ms > 1: break
+                one_over_all = ratio(t[1], t[n])
+                seen.append(f'batch {bs}: {one_over_all!r}')
+                alone = one_over_all.median < 1.05
+            else: choices['options']['one_thread'] = alone
+            if seen: choices['one thread over all'] = '; '.join(seen)
+        else: choices['options']['one_thread'] = alone
 
     def load(self, payload, device, threads):
         import onnxruntime as ort
         so = ort.SessionOptions()
-        so.intra_op_num_threads, so.inter_op_num_threads, so.log_severity_level = threads, 1, 3
-        entries = {'session.force_spinning_stop': '1'} | payload.choices.get('options', {}).get('session', {})
+        opts = payload.choices.get('options', {})
+        so.intra_op_num_threads, so.inter_op_num_threads = 1 if opts.get('one_thread') else threads, 1
+        so.log_severity_level = 4 # What is logged as an error is raised, too
+        entries = {'session.force_spinning_stop': '1'} | opts.get('session', {})
         for k, v in entries.items(): so.add_session_config_entry(k, str(v))
         values = [ort.OrtValue.ortvalue_from_numpy(t.detach().numpy()) for t in payload.tensors.values()]
         if values: so.add_external_initializers(list(payload.tensors), values)
@@ -134,7 +174,7 @@ class OnnxRuntimeBackend:
         ran = session.get_providers()
         if ran[0] != _CPU: raise FallbackError(f'onnxruntime was asked for {_CPU} and chose {ran}')
         placement = Placement('onnxruntime on CPU', 'executed', payload.placement.operators)
-        return OnnxRuntimeRunner(session, placement, values)
+        return OnnxRuntimeRunner(session, placement, values, payload.choices.get('checks_indices', False))
 
 def _oldest(proto):
     "The oldest ONNX Runtime this was run with; older ones may do, but nobody looked"

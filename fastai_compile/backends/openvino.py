@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import get_ident
 import numpy as np, torch
 from .base import Payload, Placement, Probe, backend_options, register_backend
-from .nan import keep_nan
+from .nan import keep_nan, whole
 from .onnxruntime import _convert as to_onnx, to_payload_bytes
 from ..capture import quiet
 from ..errors import BackendError, BackendUnavailable, FallbackError
@@ -192,11 +192,11 @@ class OpenVinoRunner:
         self.data = data # OpenVINO reads its constants in place
         self.idle = {n: queue.SimpleQueue() for n in compiled}
     def __call__(self, xs):
-        n = None if None in self.compiled else len(xs[0])
+        n, given = None if None in self.compiled else len(xs[0]), [whole(x, 'openvino') for x in xs]
         with _Fork():
             try: request = self.idle[n].get_nowait()
             except queue.Empty: request = self.compiled[n].create_infer_request()
-            try: res = request.infer([x.numpy() for x in xs], share_inputs=True, share_outputs=False)
+            try: res = request.infer(given, share_inputs=True, share_outputs=False)
             except Exception as e:
                 raise BackendError(f'openvino failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
         outs = [torch.from_numpy(np.ascontiguousarray(res[i])) for i in range(len(self.compiled[n].outputs))]
