@@ -2021,6 +2021,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'fastai_compile/summary.py'),
                                         'fastai_compile.summary.facts_of': ('summary.html#facts_of', 'fastai_compile/summary.py'),
                                         'fastai_compile.summary.headline': ('summary.html#headline', 'fastai_compile/summary.py'),
+                                        'fastai_compile.summary.loads_slowly': ('summary.html#loads_slowly', 'fastai_compile/summary.py'),
                                         'fastai_compile.summary.notes_on': ('summary.html#notes_on', 'fastai_compile/summary.py'),
                                         'fastai_compile.summary.runs_on': ('summary.html#runs_on', 'fastai_compile/summary.py'),
                                         'fastai_compile.summary.weights_note': ('summary.html#weights_note', 'fastai_compile/summary.py'),

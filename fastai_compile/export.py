@@ -24,7 +24,7 @@ from .freeze import freeze_of
 from .model import CompiledModel
 from .prepare import is_prepared, prepare, prepared_report, write_open_format
 from .report import Report
-from .summary import candidate_table, facts_of, headline, notes_on, weights_note
+from .summary import candidate_table, facts_of, headline, loads_slowly, notes_on, weights_note
 from .timing import busy
 from .verify import index_references, make_reference
 
@@ -184,7 +184,8 @@ def _outcome(learn, config, winner, captured, verdict, timings, tried, table, st
     rows = candidate_table(tried, winner, timings, table)
     gate = Table([*winner.numbers.checks, *(verdict.checks if verdict else [])])
     finish_model(learn, model, 10*winner.numbers.limit or 1e-4, config)
-    notes = notes + notes_on(learn, captured, model, verdict)
+    slow = loads_slowly(winner, tried, timings)
+    notes = notes + notes_on(learn, captured, model, verdict) + ([slow] if slow else [])
     model.facts = facts_of(learn, config, winner, verdict, timings, frozen)
     doubt = '; the machine was busy: see the note' if any('was busy' in n for n in notes) else ''
     report = Report(headline(winner, timings, config) + doubt, '', winner.name, rows, gate, dict(stages.seconds), 0.,

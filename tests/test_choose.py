@@ -21,6 +21,7 @@ from fastai_compile import (BackendError, BackendUnavailable, CaptureError, Comp
                             available_backends, choose, export, inspect_artifact, open_learner, register_backend)
 from fastai_compile.backends.base import Payload, Placement, Probe, backends, get_backend, torch_version
 from fastai_compile.example import Example
+from fastai_compile.summary import loads_slowly
 from fastai_compile.timing import Timing
 from helpers import (Files, Wrapped, assert_close, eager_of, make_learner, needs_backend, only, random_inputs, registered, run,
                      small_cnn, table_learner)
@@ -178,6 +179,17 @@ def test_the_faster_of_a_list_is_taken(learn, tmp_path):
         for choice in (["slow", "late"], ["late", "slow"]):
             report = learn.export(tmp_path / "x.pkl", compile=choice)
             assert report.backend == "late" and result_of(report, "slow") == "passed"
+
+
+@pytest.mark.parametrize("load_s, failed, says", [
+    ((3.3, .2), "", "a takes 3.3 s to load; b 0.2 s, and 1.50 times the time of a call: .*compile='b'"),
+    ((.9, .01), "", None), ((3.3, .9), "", None), ((3.3, .2), "refused", None)])
+def test_a_winner_that_loads_slowly_is_told(load_s, failed, says):
+    a, b = (SimpleNamespace(name=n, load_s=s, failed="") for n, s in zip("ab", load_s))
+    b.failed = failed
+    times = {"eager": Timing((9., 9., 9.), 1), "a": Timing((2., 2., 2.), 1)} | ({} if failed else {"b": Timing((3., 3., 3.), 1)})
+    note = loads_slowly(a, [b, a], {1: times})
+    assert re.search(says, note) if says else note == ""
 
 
 CLOSE = {"eager": (10, 9), "a": (5, 5.1), "b": (4, 5.2)}    # b is the faster, but for one round
