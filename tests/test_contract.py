@@ -17,8 +17,8 @@ import pytest
 import torch
 from fastai.vision.all import TensorBase, TensorImage, TensorImageBW, nn
 
-from fastai_compile import (BackendError, CompiledModel, CompileError, InputError, NotTrainable, VerificationError,
-                            available_backends)
+from fastai_compile import (BackendError, CompiledModel, CompileError, ConfigError, InputError, NotTrainable,
+                            VerificationError, available_backends, open_learner)
 from fastai_compile.backends import base
 from fastai_compile.backends.base import LEVELS, Backend, Payload, Placement, Probe, backends, cpu_threads, get_backend, unmet
 from helpers import (BACKENDS, BY_NAME, KINDS, LACKS, RUNS, Files, Wrapped, assert_close, eager_of, fresh, random_inputs,
@@ -272,6 +272,46 @@ def test_only_indices_are_refused_for_their_sign(name):
         bad[1, 0] = v
         with pytest.raises(InputError, match=f"holds {v} in row 1, column 0"): model(bad)
     if name == "onnxruntime": assert not model.runner().checks_indices
+
+
+class Shown(nn.Module):
+    "A table model that also answers what is on the way: an embedding, and the normalized numbers that a linear layer takes"
+    def __init__(self):
+        super().__init__()
+        self.embs = nn.ModuleList(nn.Embedding(4, 3) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(n) for n in (9, 5, 5))
+        self.a, self.b, self.c = nn.Linear(9, 5), nn.Linear(5, 5, bias=False), nn.Linear(5, 2)
+    def forward(self, x):
+        looked = [e(x[:, i]) for i, e in enumerate(self.embs)]
+        h = self.norms[1](self.a(self.norms[0](torch.cat(looked, 1))).relu())
+        return self.c(self.norms[2](self.b(h).relu())), h, looked[1], torch.cat([e(x[:, -1]) for e in self.embs], 1)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_on_the_way_is_answered_as_it_is(name):
+    from fastai_compile.capture import capture
+    from fastai_compile.config import make_config
+    from fastai_compile.example import Example
+    net = Shown().train()
+    for _ in range(30): net(torch.randint(0, 4, (16, 3)))  # the batch norms have seen something
+    with torch.no_grad(): net.norms[2].running_var[0] = 1e-12
+    xs = torch.randint(0, 4, (7, 3))
+    cap = capture(net.eval(), Example((xs,), (), (torch.Tensor,), "here", [0, 1]), 16)
+    payload = get_backend(name).compile(cap, make_config(name))
+    model = CompiledModel(payload, cap.inputs, cap.outputs, cap.structure, cap.max_bs, guards=cap.guards)
+    with torch.no_grad():
+        for got, want in zip(model(xs), net(xs), strict=True): assert_close(got, want)
+
+
+@pytest.mark.parametrize("asked, threads, one", [(True, 2, True), (False, 2, False), ("auto", 1, False)])
+def test_one_thread_can_be_asked_for(asked, threads, one, artifacts, tmp_path):
+    learn = artifacts.learner("table")
+    report = learn.export(tmp_path / "x.pkl", compile="onnxruntime", options={"one_thread": asked}, threads=threads)
+    model = open_learner(tmp_path / "x.pkl").model
+    assert report.backend == "onnxruntime" and bool(model.payload.choices["options"].get("one_thread")) == one
+    assert model.runner().session.get_session_options().intra_op_num_threads == (1 if one else threads)
+    with pytest.raises(ConfigError, match="one_thread=2: choose True, False or 'auto'"):
+        learn.export(tmp_path / "x.pkl", compile="onnxruntime", options={"one_thread": 2})
 
 
 # ---- the short way of a call

@@ -11,6 +11,10 @@ import numpy as np, torch
 from ..indices import IndexGuard
 
 # %% ../../nbs/backends/22_onnx_small.ipynb #794d07db
+def _uses(graph):
+    "How often each tensor is read, as an answer of the model too"
+    return Counter([name for n in graph.node for name in n.input] + [o.name for o in graph.output])
+
 def one_squeeze(
     proto,     # `onnx.ModelProto`, changed in place
     guards=(), # Not needed
@@ -18,7 +22,7 @@ def one_squeeze(
     "Keep the dimension of columns that go through embeddings until they are joined"
     from onnx import helper, numpy_helper
     graph = proto.graph
-    made, used = {o: n for n in graph.node for o in n.output}, Counter(i for n in graph.node for i in n.input)
+    made, used = {o: n for n in graph.node for o in n.output}, _uses(graph)
     tensors = {i.name: i for i in graph.initializer}
     tensors |= {n.output[0]: n.attribute[0].t for n in graph.node if n.op_type == 'Constant'}
     def gather(name, axis):
@@ -49,8 +53,7 @@ def fold_norms(
     from onnx import numpy_helper
     graph = proto.graph
     weights = {i.name: i for i in graph.initializer}
-    readers = [(name, n) for n in graph.node for name in n.input]
-    used, reader = Counter(name for name, _ in readers), dict(readers)
+    used, reader = _uses(graph), {name: n for n in graph.node for name in n.input}
     for norm in [n for n in graph.node if n.op_type == 'BatchNormalization']:
         out, kept = norm.output[0], {a.name: a.i or a.f for a in norm.attribute}
         linear = reader.get(out)

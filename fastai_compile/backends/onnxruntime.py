@@ -17,7 +17,6 @@ from ..timing import interleave, ratio
 
 # %% ../../nbs/backends/20_onnxruntime.ipynb #23775520
 _PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-_SMALL_BYTES = 2**24 # Of weights: a call that reads more takes a millisecond
 _SHARE_BYTES = 1024 # Smaller tensors stay inside the graph, where constant folding can use them
 _CPU = 'CPUExecutionProvider'
 
@@ -100,6 +99,7 @@ class OnnxRuntimeRunner:
 class OnnxRuntimeBackend:
     "ONNX Runtime on the CPU"
     name, rewrites, shapes, cost = 'onnxruntime', (), 'dynamic', 1
+    small = 2**24 # Bytes of weights: a call that reads more takes a millisecond
     def probe(self, device):
         lacks = [p for p in _PACKAGES if importlib.util.find_spec(p) is None]
         # The extra brings the distribution `onnxruntime`, which must not come beside another one with the same files
@@ -125,39 +125,38 @@ class OnnxRuntimeBackend:
             ops = self.coverage(captured, config).elsewhere
             why = f'no ONNX form for {", ".join(ops)}' if ops else f'{type(e).__name__}: {str(e)[:600]}'
             raise BackendError(f'the conversion to ONNX failed: {why}') from e
-        if small := 0 < sum(w.numel()*w.element_size() for w in captured.module.state_dict().values()) < _SMALL_BYTES:
+        small = sum(w.numel()*w.element_size() for w in captured.module.state_dict().values()) < self.small
+        if small and not any(a.HasField('g') for n in proto.graph.node for a in n.attribute): # Branches read names from outside
             for change in (one_squeeze, fold_norms, refuse_negative): change(proto, captured.guards)
         shared = _share_weights(proto, captured.module.state_dict())
         if proto.ByteSize() >= 2**31:
             raise BackendError('the ONNX graph holds more than 2 GB of constants that are no weights of the model')
         opset = max(o.version for o in proto.opset_import if o.domain in ('', 'ai.onnx'))
         payload = Payload(self.name, {'model.onnx': to_payload_bytes(proto.SerializeToString())}, shared,
-                       needs={'packages': {'onnxruntime': _oldest(proto)}},
-                       placement=Placement('onnxruntime on CPU', 'compiled', {_CPU: len(proto.graph.node)}),
+                          needs={'packages': {'onnxruntime': _oldest(proto)}},
+                          placement=Placement('onnxruntime on CPU', 'compiled', {_CPU: len(proto.graph.node)}),
                           choices={'opset': opset, 'options': opts})
-        if small: self._settle(payload, captured, config, alone)
-        elif alone is True: opts['one_thread'] = True
+        if small:
+            run = self.load(payload, 'cpu', n := cpu_threads(config.threads))
+            guards, xs = [g for g in captured.guards if isinstance(g, IndexGuard)], captured.example.xb
+            strict = guards and all(_raises(run, wrong) for g in guards for wrong in g.outside(xs))
+            if strict: payload.choices['checks_indices'] = True
+            if alone == 'auto': alone = n > 1 and self._alone(payload, captured, config, run, n)
+        if alone is True: opts['one_thread'] = True
         return payload
 
-    def _settle(self, payload, captured, config, alone):
-        "What matters to a small model only, where microseconds count: who checks its indices, and how many threads it takes"
-        n, choices, xs = cpu_threads(config.threads), payload.choices, captured.example.xb
-        run = self.load(payload, 'cpu', n)
-        guards = [g for g in captured.guards if isinstance(g, IndexGuard)]
-        choices['checks_indices'] = bool(guards) and all(_raises(run, wrong) for g in guards for wrong in g.outside(xs))
-        if alone == 'auto':
-            one, alone, seen = self.load(payload, 'cpu', 1), n > 1, []
-            for bs in sorted({1, *config.bs, captured.max_bs}):
-                if not alone: break
-                batch = [x.repeat(-(-bs//len(x)), *[1]*(x.ndim-1))[:bs] for x in xs]
-                t = interleave({1: lambda batch=batch: one(batch), n: lambda batch=batch: run(batch)}, more_s=.2, budget_s=.2)
-                if t[n].median_ms > 1: break
-                one_over_all = ratio(t[1], t[n])
-                seen.append(f'batch {bs}: {one_over_all!r}')
-                alone = one_over_all.median < 1.05
-            else: choices['options']['one_thread'] = alone
-            if seen: choices['one thread over all'] = '; '.join(seen)
-        else: choices['options']['one_thread'] = alone
+    def _alone(self, payload, captured, config, run, threads):
+        "Whether one thread is not slower than all, for any batch; not where a call takes a millisecond"
+        one, seen = self.load(payload, 'cpu', 1), []
+        for bs in sorted({1, *config.bs, captured.max_bs}):
+            xs = [x.repeat(-(-bs//len(x)), *[1]*(x.ndim-1))[:bs] for x in captured.example.xb]
+            t = interleave({1: lambda xs=xs: one(xs), threads: lambda xs=xs: run(xs)}, more_s=.2, budget_s=.2)
+            if t[threads].median_ms > 1: return False
+            one_over_all = ratio(t[1], t[threads])
+            seen.append(f'batch {bs}: {one_over_all!r}')
+            payload.choices['one thread over all'] = '; '.join(seen)
+            if one_over_all.median > 1.05: return False
+        return True
 
     def load(self, payload, device, threads):
         import onnxruntime as ort
