@@ -106,7 +106,7 @@ class IndexGuard:
                 for v in ([-1, every.min] if first == 0 else []) + ([last+1, every.max] if last < every.max else []):
                     wrong = list(xs)
                     wrong[i] = xs[i].clone()
-                    (wrong[i][:, c] if hi.ndim else wrong[i]).flatten()[-1] = v
+                    wrong[i][(-1, c) + (0,)*(xs[i].ndim-2) if hi.ndim else (-1,)*xs[i].ndim] = v
                     yield wrong
 
     def __call__(self, xs):

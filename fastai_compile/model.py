@@ -19,13 +19,13 @@ from .watch import WeightWatch
 # %% ../nbs/05_model.ipynb #8a1e491d
 class _Process:
     "What a fork changes: the child has no threads but its own"
-    lock, forked, loaded = threading.RLock(), 0, False # `forked`: how often, down to this process
+    lock, forked, loaded = threading.RLock(), False, False
     inherited = [] # Sessions of the parent: their threads are gone, so they are neither used nor torn down
 
 def _after_fork():
     # OpenMP's worker threads are gone too, and a parallel region would wait for them for ever:
     # with one thread there is no such region
-    _Process.lock, _Process.forked = threading.RLock(), _Process.forked+1
+    _Process.lock, _Process.forked = threading.RLock(), True
     if _Process.loaded: torch.set_num_threads(1)
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
@@ -99,22 +99,22 @@ class CompiledModel(nn.Module):
         # A complex tensor may wait for its conjugation: it never fits as it is
         fits = [(None if spec.dtype.is_complex else spec.dtype, spec.shape[1:]) for spec in self.input_specs]
         outs = [(len(spec.shape), spec.dtype, spec.batched) for spec in self.output_specs]
-        vars(self).update(_run=None, _forked=0, _watch=None, _handed=False, _quick=None, _before=self.guards,
+        vars(self).update(_run=None, _pid=None, _watch=None, _handed=False, _quick=None, _before=self.guards,
                           _fits=fits, _outs=outs, _all_fit=_all_fit(self.input_specs), _buckets=self.payload.buckets)
 
     # ---- running
     def runner(self):
         "The backend's function on this host, made at the first call and again in a forked child"
-        if self._run is None or self._forked != _Process.forked:
+        if self._run is None or self._pid != os.getpid():
             with _Process.lock:
-                if self._run is None or self._forked != _Process.forked:
+                if self._run is None or self._pid != os.getpid():
                     if self._run is not None: _Process.inherited.append(self._run)
                     n = 1 if _Process.forked else cpu_threads(self.threads)
                     run = get_backend(self.payload.backend).load(self.payload, 'cpu', n)
                     check_placement(run.placement, self.allow_fallback)
                     # Guards of which the runtime does the work, and raises
                     before = [g for g in self.guards if not (isinstance(g, IndexGuard) and getattr(run, 'checks_indices', False))]
-                    vars(self).update(_run=run, _forked=_Process.forked, _before=before, _quick=self._shortcut(run, before))
+                    vars(self).update(_run=run, _pid=os.getpid(), _before=before, _quick=self._shortcut(run, before))
                     _Process.loaded = True
         return self._run
 
@@ -129,11 +129,11 @@ class CompiledModel(nn.Module):
         """`__call__` in one step for plain tensors of small rows: beside 30 us of compiled code every step counts. It does not
         hold the model, which would then live until Python looks for cycles"""
         fit, outs, max_bs, count, guards = self._all_fit, self._outs, self.max_bs, len(self._fits), self.guards
-        build = self.structure.build
+        build, getpid, pid = self.structure.build, os.getpid, os.getpid()
         if fit is None or self._buckets: return None
         def quick(own, xs):
             "The answer; None where something is not as usual, and `forward` has to look"
-            if own['_watch'] is not None or own['_forked'] != _Process.forked or 'forward' in own: return None
+            if own['_watch'] is not None or getpid() != pid or 'forward' in own: return None
             if (own['_forward_hooks'] or own['_forward_pre_hooks'] or own['_backward_hooks'] or own['_backward_pre_hooks']
                 or '_compiled_call_impl' in own or _has_any_global_hook()): return None
             if len(xs) != count or not fit(*xs): return None
@@ -142,7 +142,7 @@ class CompiledModel(nn.Module):
             for x in xs:
                 if x.shape[0] != n or x.requires_grad: return None
             if before and _refused(before, xs): return None
-            try: ts = run(xs)
+            try: ts = run(list(xs))
             except BackendError as e:
                 if why := _refused(guards, xs): raise InputError(why) from e
                 raise
@@ -161,6 +161,7 @@ class CompiledModel(nn.Module):
         if loose := [o.name for o in self.output_specs if not o.batched]:
             raise InputError(f'a batch of {n} is above max_bs={self.max_bs}, and cannot be cut: output '
                              f'{", ".join(loose)} belongs to the batch as a whole. Export again with `max_bs={n}`')
+        if why := _refused(self.guards, xs): raise InputError(why) # Of the whole batch, so that rows have their numbers
         cut = lambda i: [x[i:i+self.max_bs].contiguous() for x in xs]
         parts = [self._call(cut(i), min(self.max_bs, n-i)) for i in range(0, n, self.max_bs)]
         return [torch.cat(p) for p in zip(*parts)]
@@ -284,7 +285,7 @@ class CompiledModel(nn.Module):
     def float(self): return self
 
     # ---- copies
-    _OWN = ('_run', '_forked', '_quick', '_before', '_watch', '_handed', '_fits', '_outs', '_all_fit') # of this process
+    _OWN = ('_run', '_pid', '_quick', '_before', '_watch', '_handed', '_fits', '_outs', '_all_fit') # of this process
     def __getstate__(self):
         self._check_weights(everything=True)
         return {k: v for k, v in vars(self).items() if k not in self._OWN}

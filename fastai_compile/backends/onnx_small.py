@@ -40,7 +40,7 @@ def one_squeeze(
             graph.initializer.append(numpy_helper.from_array(column, n.input[1]))
         out, wide, axis = cat.output[0], f'{cat.output[0]}_wide', f'{cat.output[0]}_axis'
         cat.attribute[0].i, cat.output[0] = cat.attribute[0].i+1, wide
-        graph.initializer.append(numpy_helper.from_array(np.array([1]), axis))
+        graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), axis))
         graph.node.insert(list(graph.node).index(cat)+1, helper.make_node('Squeeze', [wide, axis], [out]))
         del graph.value_info[:] # Shapes in between, of which some are other ones now
 
@@ -71,8 +71,8 @@ def fold_norms(
         graph.initializer.extend(numpy_helper.from_array(w.astype(tensors[4].dtype), n) for n, w in folded.items())
         linear.input[:] = [norm.input[0], *folded]
         graph.node.remove(norm)
-    read = {name for n in graph.node for name in n.input}
-    for w in [w for w in graph.initializer if w.name not in read]: graph.initializer.remove(w)
+    read = _uses(graph)
+    for w in [w for w in graph.initializer if not read[w.name]]: graph.initializer.remove(w)
 
 # %% ../../nbs/backends/22_onnx_small.ipynb #9622f2cb
 def refuse_negative(
@@ -85,7 +85,7 @@ def refuse_negative(
     limits = {i: lo for g in guards if isinstance(g, IndexGuard) for i, (lo, *_) in g.limits.items()}
     for i in [i for i, lo in limits.items() if lo.dtype is torch.int64 and not lo.any()]:
         name = graph.input[i].name
-        constants = {f'{name}_{k}': np.array(v) for k, v in (('zero', 0), ('beyond', 2**62))}
+        constants = {f'{name}_{k}': np.array(v, np.int64) for k, v in (('zero', 0), ('beyond', 2**62))}
         inside = f'{name}_inside'
         for node in graph.node:
             for k, used in enumerate(node.input):

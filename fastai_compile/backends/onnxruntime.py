@@ -118,7 +118,7 @@ class OnnxRuntimeBackend:
 
     def compile(self, captured, config):
         opts = backend_options(config, self.name, ('session', 'one_thread'))
-        if (alone := opts.pop('one_thread', 'auto')) not in (True, False, 'auto'):
+        if not isinstance(alone := opts.pop('one_thread', 'auto'), bool) and alone != 'auto':
             raise ConfigError(f"one_thread={alone!r}: choose True, False or 'auto'")
         try: proto = _convert(captured)
         except Exception as e:
@@ -141,12 +141,12 @@ class OnnxRuntimeBackend:
             guards, xs = [g for g in captured.guards if isinstance(g, IndexGuard)], captured.example.xb
             strict = guards and all(_raises(run, wrong) for g in guards for wrong in g.outside(xs))
             if strict: payload.choices['checks_indices'] = True
-            if alone == 'auto': alone = n > 1 and self._alone(payload, captured, config, run, n)
-        if alone is True: opts['one_thread'] = True
+            if alone == 'auto' and n > 1: alone = self._alone(payload, captured, config, run, n)
+        if alone != 'auto': opts['one_thread'] = alone
         return payload
 
     def _alone(self, payload, captured, config, run, threads):
-        "Whether one thread is not slower than all, for any batch; not where a call takes a millisecond"
+        "Whether one thread is not slower than all by more than 5%, at no batch; not where a call takes a millisecond"
         one, seen = self.load(payload, 'cpu', 1), []
         for bs in sorted({1, *config.bs, captured.max_bs}):
             xs = [x.repeat(-(-bs//len(x)), *[1]*(x.ndim-1))[:bs] for x in captured.example.xb]

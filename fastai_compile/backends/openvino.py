@@ -199,7 +199,7 @@ class OpenVinoRunner:
             try: res = request.infer(given, share_inputs=True, share_outputs=False)
             except Exception as e:
                 raise BackendError(f'openvino failed on inputs {[tuple(x.shape) for x in xs]}: {_why(e)}') from e
-        outs = [torch.from_numpy(np.ascontiguousarray(res[i])) for i in range(len(self.compiled[n].outputs))]
+        outs = [torch.from_numpy(np.asarray(res[i], order='C')) for i in range(len(self.compiled[n].outputs))]
         self.idle[n].put(request)
         return keep_nan(xs, outs)
 
