@@ -16,8 +16,7 @@ def _uses(graph):
     return Counter([name for n in graph.node for name in n.input] + [o.name for o in graph.output])
 
 def one_squeeze(
-    proto,     # `onnx.ModelProto`, changed in place
-    guards=(), # Not needed
+    proto, # `onnx.ModelProto`, changed in place
 ):
     "Keep the dimension of columns that go through embeddings until they are joined"
     from onnx import helper, numpy_helper
@@ -46,8 +45,7 @@ def one_squeeze(
 
 # %% ../../nbs/backends/22_onnx_small.ipynb #0de92aea
 def fold_norms(
-    proto,     # `onnx.ModelProto`, changed in place
-    guards=(), # Not needed
+    proto, # `onnx.ModelProto`, changed in place
 ):
     "Move batch norms into the linear layers that they precede"
     from onnx import numpy_helper

@@ -127,7 +127,9 @@ class OnnxRuntimeBackend:
             raise BackendError(f'the conversion to ONNX failed: {why}') from e
         small = sum(w.numel()*w.element_size() for w in captured.module.state_dict().values()) < self.small
         if small and not any(a.HasField('g') for n in proto.graph.node for a in n.attribute): # Branches read names from outside
-            for change in (one_squeeze, fold_norms, refuse_negative): change(proto, captured.guards)
+            one_squeeze(proto)
+            fold_norms(proto)
+            refuse_negative(proto, captured.guards)
         shared = _share_weights(proto, captured.module.state_dict())
         if proto.ByteSize() >= 2**31:
             raise BackendError('the ONNX graph holds more than 2 GB of constants that are no weights of the model')
