@@ -93,13 +93,16 @@ class Captured:
     guards:list           # Functions from inputs to '' or the reason why they cannot be answered exactly
     seconds:float
 
+    def rows(self, n):
+        "Inputs of `n` rows, repeated from the example"
+        return [x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n].contiguous() for x in self.example.xb]
+
     def fixed(self, n):
         "The program with a batch of exactly `n`, for static targets. Raises `CaptureError` where more than the batch varies"
         if free := [s.name for s in self.inputs if s.ranges or None in s.shape[1:]]:
             raise CaptureError(f'other sizes than the batch vary in {", ".join(free)}, and this target takes fixed ones: '
                                'choose a backend with dynamic shapes')
-        xs = tuple(x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n].contiguous() for x in self.example.xb)
-        with torch.no_grad(), quiet(): return torch.export.export(self.module, xs, strict=False)
+        with torch.no_grad(), quiet(): return torch.export.export(self.module, tuple(self.rows(n)), strict=False)
 
     def __repr__(self):
         n = sum(node.op == 'call_function' for node in self.program.graph.nodes)

@@ -247,6 +247,16 @@ def test_an_index_outside_of_an_embedding_is_a_typed_error(case):
     case.check([edge, conts[:2]])
 
 
+def _compiled(name, net, xs):
+    "A network of one input, compiled without a learner"
+    from fastai_compile.capture import capture
+    from fastai_compile.config import make_config
+    from fastai_compile.example import Example
+    cap = capture(net, Example((xs,), (), (torch.Tensor,), "here", [0, 1]), 16)
+    payload = get_backend(name).compile(cap, make_config(name))
+    return CompiledModel(payload, cap.inputs, cap.outputs, cap.structure, cap.max_bs, guards=cap.guards)
+
+
 class Mixed(nn.Module):
     "A table of which one column is an index, and another a number, which may be negative"
     def __init__(self):
@@ -258,13 +268,8 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("name", RUNS)
 def test_only_indices_are_refused_for_their_sign(name):
     "ONNX Runtime checks what it looks up, where it proved to; a column that is a number keeps its sign"
-    from fastai_compile.capture import capture
-    from fastai_compile.config import make_config
-    from fastai_compile.example import Example
     net, xs = Mixed(), torch.tensor([[0, -5], [3, 2**40], [1, -2**62], [2, 7]])
-    cap = capture(net, Example((xs,), (), (torch.Tensor,), "here", [0, 1]), 16)
-    payload = get_backend(name).compile(cap, make_config(name))
-    model = CompiledModel(payload, cap.inputs, cap.outputs, cap.structure, cap.max_bs, guards=cap.guards)
+    model = _compiled(name, net, xs)
     large = [xs.clamp(-2**31, 2**31 - 1) if name == "openvino" else xs]
     if name == "openvino":
         with pytest.raises(BackendError, match="32 bits.* -4611686018427387904"): model(xs)
@@ -293,16 +298,11 @@ class Shown(nn.Module):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_on_the_way_is_answered_as_it_is(name):
-    from fastai_compile.capture import capture
-    from fastai_compile.config import make_config
-    from fastai_compile.example import Example
     net = Shown().train()
     for _ in range(30): net(torch.randint(0, 4, (16, 3)))  # the batch norms have seen something
     with torch.no_grad(): net.norms[2].running_var[0] = 1e-12
     xs = torch.randint(0, 4, (7, 3))
-    cap = capture(net.eval(), Example((xs,), (), (torch.Tensor,), "here", [0, 1]), 16)
-    payload = get_backend(name).compile(cap, make_config(name))
-    model = CompiledModel(payload, cap.inputs, cap.outputs, cap.structure, cap.max_bs, guards=cap.guards)
+    model = _compiled(name, net.eval(), xs)
     with torch.no_grad():
         for got, want in zip(model(xs), net(xs), strict=True): assert_close(got, want)
 

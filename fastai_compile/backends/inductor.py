@@ -204,10 +204,6 @@ def _likely_frozen(captured, config):
     "Convolutions gain from packed weights where the batch is not tiny; little else does"
     return max(config.bs) >= 8 and any('conv' in str(n.target) for n in captured.program.graph.nodes if n.op == 'call_function')
 
-def _batch(captured, n):
-    "`n` rows, repeated from the example"
-    return [x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n] for x in captured.example.xb]
-
 @torch.no_grad()
 def _fault(run, captured, batches):
     "What a compiled form gets wrong, or ''"
@@ -259,7 +255,7 @@ class InductorBackend:
         if threads == 1: return 0
         run, up_to, seen = self.load(payload, 'cpu', threads), 0, []
         for n in sorted({1, *config.bs}):
-            xs = _batch(captured, n)
+            xs = captured.rows(n)
             def call(k, xs=xs):
                 run.one_thread_up_to = k
                 run(xs)
@@ -274,7 +270,7 @@ class InductorBackend:
 
     def _choose(self, made, captured, config, threads, notes):
         "The faster of the forms that are right; `notes` says what was found"
-        batches = [_batch(captured, n) for n in config.bs]
+        batches = [captured.rows(n) for n in config.bs]
         runs = {k: self.load(p, 'cpu', threads) for k, p in made.items()}
         faults = {k: f for k, run in runs.items() if (f := _fault(run, captured, batches))}
         notes.update({f'freezing={k}': f for k, f in faults.items()})

@@ -58,9 +58,6 @@ def buckets(
     return tuple(sorted(set(own)))
 
 # %% ../../nbs/backends/51_neuron.ipynb #61c03145
-def _examples(captured, n):
-    return [x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n].contiguous() for x in captured.example.xb]
-
 def _check_static(captured, name):
     if free := [s.name for s in captured.inputs if None in s.shape[1:]]:
         raise CaptureError(f'sizes besides the batch vary in {", ".join(free)}, and {name} takes fixed ones')
@@ -157,7 +154,7 @@ class NeuronxBackend(NeuronBackend):
         import torch_neuronx
         try:
             with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet():
-                traced = torch_neuronx.trace(captured.module, tuple(_examples(captured, n)), compiler_workdir=folder,
+                traced = torch_neuronx.trace(captured.module, tuple(captured.rows(n)), compiler_workdir=folder,
                                              compiler_args=['--target', target], cpu_backend=without_device)
                 buf = io.BytesIO()
                 torch.jit.save(traced, buf)

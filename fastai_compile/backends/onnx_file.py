@@ -62,8 +62,6 @@ def _check_form(proto):
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
         raise BackendError(f"ONNX's checker refuses the graph: {str(e)[:600]}") from e
 
-def _rows(captured, n): return [x.repeat(-(-n//len(x)), *[1]*(x.ndim-1))[:n].contiguous() for x in captured.example.xb]
-
 def check_file(
     data,      # Bytes of the .onnx file
     captured,  # `Captured`, for eager and its example
@@ -78,7 +76,7 @@ def check_file(
         raise BackendError(f'onnxruntime {ort.__version__} cannot open the file: {str(e)[:600]}') from e
     names, worst = [i.name for i in session.get_inputs()], 0.
     for n in sorted({1, 2, 3, min(8, captured.max_bs)}):
-        xs = _rows(captured, n)
+        xs = captured.rows(n)
         with torch.no_grad(): want = captured.module(*xs)
         got = session.run(None, {k: x.numpy() for k, x in zip(names, xs)})
         for i, (g, w) in enumerate(zip(got, want, strict=True)):

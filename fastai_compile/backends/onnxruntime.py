@@ -151,7 +151,7 @@ class OnnxRuntimeBackend:
         "Whether one thread is not slower than all by more than 5%, at no batch; not where a call takes a millisecond"
         one, seen = self.load(payload, 'cpu', 1), []
         for bs in sorted({1, *config.bs, captured.max_bs}):
-            xs = [x.repeat(-(-bs//len(x)), *[1]*(x.ndim-1))[:bs] for x in captured.example.xb]
+            xs = captured.rows(bs)
             # No pause: neither of them spins between calls
             t = interleave({1: lambda xs=xs: one(xs), threads: lambda xs=xs: run(xs)}, more_s=.1, budget_s=.1, pause_s=0)
             if t[threads].median_ms > 1: return False
